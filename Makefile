@@ -1,0 +1,52 @@
+# Everything runs in .venv, made on first use from constraints.txt; `make` alone lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+# An OpenMP worker that spins for long starves whatever runs beside it; children inherit this.
+export GOMP_SPINCOUNT ?= 1000
+# The environment variable, unlike `-c`, also pins what builds packages in isolation.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test lint format bench clean
+
+help:  ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(BIN)/python  ## make an empty virtual environment in .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+install: $(STAMP)  ## install narrowboat with all it needs, at pinned versions
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## a real network and a 1.2 GB one, each in a fraction of its bytes (ARGS=...)
+	$(BIN)/python -m narrowboat demo $(ARGS)
+
+test: $(STAMP)  ## run the tests (ARGS="-k name" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measure against plain PyTorch, mmap, accelerate and diffusers (ARGS=...)
+	$(BIN)/python benchmarks/inference.py $(ARGS)
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""One slab of memory per session: anonymous, page-aligned, populated before the first pass."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+import torch
+
+from narrowboat.errors import StorageError
+from narrowboat.quantities import format_bytes
+
+PAGE = 4096
+_HUGE = 2 << 20
+_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 14)
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python 3.11's mmap module
+
+
+class Slab:
+    """Anonymous memory handed out as tensor views by reference.
+
+    Args:
+        nbytes: size in bytes; rounded up to a page.
+        lock: keep it from being swapped out (``mlock``).
+
+    Attributes:
+        locked: whether locking was asked for and granted.
+        huge: whether huge pages were advised.
+
+    Raises:
+        StorageError: the system has no such memory to give.
+    """
+
+    def __init__(self, nbytes: int, *, lock: bool = False) -> None:
+        self.nbytes = max(-(-nbytes // PAGE) * PAGE, PAGE)
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise StorageError(f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget") from error
+        self._view = memoryview(self._map)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Below one huge page the advice can only make the slab larger than asked for.
+        self.huge = self.nbytes >= _HUGE and self._advise(_MADV_HUGEPAGE)
+        if not self._advise(_MADV_POPULATE_WRITE):
+            for offset in range(0, self.nbytes, PAGE):
+                self._map[offset] = 0
+        self.locked = lock and ctypes.CDLL(None, use_errno=True).mlock(
+            ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes)
+        ) == 0
+
+    def _advise(self, advice: int) -> bool:
+        try:
+            self._map.madvise(advice)
+        except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.EFAULT):
+                raise StorageError(
+                    f"cannot populate {format_bytes(self.nbytes)} of memory: {os.strerror(error.errno)}; lower the budget"
+                ) from error
+            return False
+        return True
+
+    def bytes_at(self, offset: int, nbytes: int) -> memoryview:
+        """The writable bytes ``[offset, offset + nbytes)``, by reference."""
+        return self._view[offset : offset + nbytes]
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A contiguous tensor over the bytes at ``offset``, by reference, with a storage object of its own.
+
+        Made outside ``inference_mode`` whatever the caller's mode, so that it is an ordinary tensor.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            count = 1
+            for size in shape:
+                count *= size
+            if count == 0:
+                return torch.empty(shape, dtype=dtype)
+            # .data: no record of the flat tensor it is a view of, which would count as somebody keeping a view.
+            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape).data
+
+    def close(self) -> None:
+        """Give the memory back to the system, at once where no tensor outside the session still refers to it."""
+        try:
+            self._view.release()
+            self._map.close()
+        except BufferError:
+            # Somebody holds a view (a NumPy array, say): the mapping goes with its last reference, not under it.
+            pass

@@ -1,0 +1,148 @@
+"""A weight, and the tensor objects through which the model sees it.
+
+The parameter object the model holds stays the same object for ever; what it holds inside changes. While the weight
+is in, that is a view of the arena made once; while it is out, a stand-in. Lists of parameters, ties, ``_flat_weights``
+of an LSTM and references kept by the caller therefore stay right with nothing to be patched. Exchanging the two costs
+about a microsecond (``torch._C._swap_tensor_impl``, which ``torch.utils.swap_tensors`` is made of).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from narrowboat.arena.standin import StandInParameter, StandInTensor, new_standin, tag
+
+if TYPE_CHECKING:
+    from narrowboat.checkpoint import TensorEntry
+
+_swap_impl = torch._C._swap_tensor_impl
+_storage_uses = torch._C._storage_Use_Count
+
+
+class WeightOwner(Protocol):
+    """Who brings weights in on demand (the session's engine)."""
+
+    def touching(self, weights: list[Weight]) -> AbstractContextManager[Any]:
+        """Within the context the weights' bytes are in; yields ``tensor_of(slot)``."""
+
+
+class Weight:
+    """The bytes of one tensor of the weights file, and the slots that show them (several if tied).
+
+    Attributes:
+        index: its number, in order of the model's names.
+        name: its first name in the model.
+        entry: where it lies at rest.
+        slots: the tensor objects of the model.
+        owner: who loads it on demand; set by the session.
+    """
+
+    __slots__ = ("entry", "index", "name", "owner", "slots")
+
+    def __init__(self, index: int, name: str, entry: TensorEntry) -> None:
+        self.index = index
+        self.name = name
+        self.entry = entry
+        self.slots: list[Slot] = []
+        self.owner: Any = None
+
+
+class Slot:
+    """One parameter or buffer object of the model.
+
+    Attributes:
+        tensor: the object the model holds.
+        other: the object that holds whichever of view and stand-in ``tensor`` does not.
+        inside: whether ``tensor`` is the view at the moment.
+        escaped: copies made because somebody kept a view (see ``take_out``).
+    """
+
+    __slots__ = ("_in_class", "_out_class", "_storage", "_version", "inside", "other", "tensor", "weight")
+
+    def __init__(self, weight: Weight, tensor: torch.Tensor) -> None:
+        self.weight = weight
+        self.tensor = tensor
+        self._in_class = type(tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        self._out_class = StandInParameter if is_parameter else StandInTensor
+        self.inside = False
+        self._storage: Any = None
+        self._version = 0
+        entry = weight.entry
+        standin = new_standin(self._out_class, entry.shape, entry.dtype, torch.device("cpu"), tensor.requires_grad)
+        # What the object held before (meta, or real memory) is let go here.
+        _exchange(tensor, standin, self._out_class, self._in_class)
+        tag(tensor, self)
+        self.other: torch.Tensor | None = None
+
+    def bind(self, view: torch.Tensor) -> None:
+        """Make ``view`` what the tensor will be while the weight is in. The weight has to be out."""
+        assert not self.inside
+        with torch.inference_mode(False):
+            if issubclass(self._in_class, nn.Parameter):
+                view = nn.Parameter(view, requires_grad=self.tensor.requires_grad)
+        self._storage = view.untyped_storage()
+        self._version = view._version
+        self.other = view
+
+    @property
+    def view(self) -> torch.Tensor:
+        """The real tensor over the arena, whether in or out. Only while its bytes are held in."""
+        view = self.tensor if self.inside else self.other
+        assert view is not None
+        return view
+
+    def put_in(self) -> None:
+        """Let the model see the view."""
+        if not self.inside:
+            _exchange(self.tensor, self.other, self._in_class, self._out_class)
+            self.inside = True
+
+    def take_out(self) -> bool:
+        """Let the model see the stand-in; True if a view of the weight is still held by somebody else.
+
+        The caller then moves the bytes aside with ``rescue`` before the arena's are written over.
+        """
+        if self.inside:
+            _exchange(self.tensor, self.other, self._out_class, self._in_class)
+            self.inside = False
+        return self.kept
+
+    @property
+    def kept(self) -> bool:
+        """Whether anybody but this slot refers to the view's bytes, or has written to them."""
+        view = self.view
+        # The storage is referred to by the view's own tensor and by ``_storage``.
+        return _storage_uses(self._storage._cdata) > 2 or view._use_count() > 1 or view._version != self._version
+
+    @property
+    def written(self) -> bool:
+        """Whether the weight was modified in place since it was bound."""
+        return self.view._version != self._version
+
+    def rescue(self) -> int:
+        """Move the bytes that others still refer to into memory of their own; returns how many.
+
+        Moving a storage to shared memory is the one public operation that gives an existing storage, and with it
+        every alias, a new place. The caller has to ``bind`` a fresh view afterwards.
+        """
+        nbytes = self._storage.nbytes()
+        with torch.inference_mode(False):
+            self._storage.share_memory_()
+        return int(nbytes)
+
+    def set_requires_grad(self, requires_grad: bool) -> None:
+        """Set the flag on what is in and on what is out."""
+        for tensor in (self.tensor, self.other):
+            if tensor is not None:
+                torch.Tensor.requires_grad_(tensor, requires_grad)
+
+
+def _exchange(tensor: torch.Tensor, other: torch.Tensor | None, tensor_class: Any, other_class: Any) -> None:
+    _swap_impl(tensor, other)
+    tensor.__class__ = tensor_class
+    other.__class__ = other_class  # type: ignore[union-attr]

@@ -1,0 +1,82 @@
+"""Every error a user can meet, with what to do about it.
+
+All of them derive from :class:`NarrowboatError`, so one ``except`` catches them. Each message says
+what went wrong, where, and what to do. The command line turns ``UsageError`` into exit code 2 and the
+rest into exit code 1.
+"""
+
+from __future__ import annotations
+
+
+class NarrowboatError(Exception):
+    """Base class of every error raised by narrowboat."""
+
+
+class UsageError(NarrowboatError, ValueError):
+    """A value the caller passed cannot be used as given (exit code 2)."""
+
+
+class QuantityError(UsageError):
+    """A byte size or a duration that cannot be read, e.g. ``"12 apples"``."""
+
+
+class BudgetError(NarrowboatError):
+    """The budget cannot hold the model.
+
+    Attributes:
+        minimum: the smallest budget that can, in bytes.
+        limiter: the part of the model that sets the minimum, in words.
+    """
+
+    def __init__(self, message: str, *, minimum: int, limiter: str = "") -> None:
+        super().__init__(message)
+        self.minimum = minimum
+        self.limiter = limiter
+
+
+class WeightsError(NarrowboatError):
+    """Something about the weights at rest is wrong; base of the four below."""
+
+
+class WeightsNotFoundError(WeightsError):
+    """There is no such weights file, or no permission to read it."""
+
+
+class WeightsFormatError(WeightsError):
+    """The file is not a weights file that can be read: truncated, malformed, unknown dtype."""
+
+
+class WeightsMismatchError(WeightsError):
+    """The tensors in the file are not the tensors the model has (missing, unexpected, other shape)."""
+
+
+class WeightsChangedError(WeightsError):
+    """The weights file was replaced, truncated or altered after it was opened."""
+
+
+class DigestError(WeightsError):
+    """A tensor's bytes are not the bytes that were packed."""
+
+
+class StorageError(NarrowboatError):
+    """The storage failed: I/O error, device gone, disk full."""
+
+
+class StreamedModelError(NarrowboatError):
+    """An operation that a streamed model cannot do, with what to do instead."""
+
+
+class GradientError(StreamedModelError):
+    """A streamed model was asked for gradients."""
+
+
+class ForeignHooksError(StreamedModelError):
+    """The model already carries the hooks of another offloader."""
+
+
+class SessionClosedError(StreamedModelError):
+    """The session that held the weights is closed."""
+
+
+class ModelError(NarrowboatError):
+    """The model cannot be built or traced: bad factory, wrong example inputs."""

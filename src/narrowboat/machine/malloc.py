@@ -1,0 +1,85 @@
+"""How glibc's allocator keeps, or gives back, the memory of freed tensors.
+
+torch takes the memory of CPU tensors from malloc. By default glibc learns from the sizes it sees and soon
+serves even large tensors from its heap, where holes between live tensors stay resident: a pass can hold several
+times the bytes its tensors need. A policy trades that excess against page faults.
+
+Sources: mallopt(3), malloc_trim(3); c10/core/impl/alloc_cpu.cpp for ``THP_MEM_ALLOC_ENABLE``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from enum import Enum
+from pathlib import Path
+
+from narrowboat.machine.cgroup_tree import ROOT, read_text
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_KIB, _MIB = 1 << 10, 1 << 20
+_REPLACEMENTS = ("jemalloc", "tcmalloc", "mimalloc")
+
+THP_VARIABLE = "THP_MEM_ALLOC_ENABLE"
+
+
+class MallocPolicy(Enum):
+    """How eagerly freed tensor memory goes back to the system.
+
+    DOC
+    """
+
+    DEFAULT = "default"
+    BALANCED = "balanced"
+    STRICT = "strict"
+
+
+_SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
+    # glibc has no way back to learning; these are the values at which its learning ends.
+    MallocPolicy.DEFAULT: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
+    MallocPolicy.BALANCED: ((_M_MMAP_THRESHOLD, _MIB), (_M_TRIM_THRESHOLD, 4 * _MIB), (_M_ARENA_MAX, 1)),
+    MallocPolicy.STRICT: ((_M_MMAP_THRESHOLD, 64 * _KIB), (_M_TRIM_THRESHOLD, 128 * _KIB)),
+}
+
+_changed = False
+
+
+def allocator_name(root: Path = ROOT) -> str:
+    """``"glibc"``, the name of the library preloaded in its place, or ``"other"`` (musl, macOS)."""
+    maps = read_text(root / "proc/self/maps") or ""
+    for name in _REPLACEMENTS:
+        if f"lib{name}" in maps:
+            return name
+    try:
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 - asking for the symbol is the question
+    except (OSError, AttributeError):
+        return "other"
+    return "glibc"
+
+
+def set_malloc_policy(policy: MallocPolicy | str) -> bool:
+    """Put ``policy`` in force in this process, for allocations from now on.
+
+    Best before the model is built: what lies in the heap already stays there until it is freed.
+
+    Returns:
+        False where the allocator is not glibc's, or refuses.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    global _changed
+    wanted = MallocPolicy(policy)
+    if allocator_name() != "glibc":
+        return False
+    if wanted is MallocPolicy.DEFAULT and not _changed:
+        return True
+    libc = ctypes.CDLL(None)
+    _changed = True
+    return all(libc.mallopt(option, value) == 1 for option, value in _SETTINGS[wanted])
+
+
+def trim() -> bool:
+    """Give the free pages of the heap back to the system now; True if there were any."""
+    if allocator_name() != "glibc":
+        return False
+    return bool(ctypes.CDLL(None).malloc_trim(0))

@@ -1,0 +1,225 @@
+"""The plan: what stays resident, what streams, where each block lies, and how long a pass will take.
+
+First version, right but simple. If everything fits, everything is resident. Otherwise a range of window sizes is
+tried, each with the resident set spread over the network, and the one with the shortest predicted pass wins; among
+equals the smallest window, because what the window does not take is resident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from narrowboat.errors import BudgetError
+from narrowboat.plan.layout import peak_held, place
+from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
+from narrowboat.plan.timing import Timing, simulate
+from narrowboat.quantities import format_bytes, format_seconds
+
+PAGE = 4096
+_SPREADS: tuple[Spread, ...] = (evenly_by_time, evenly_by_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Decisions for one budget, and what they are predicted to give.
+
+    Attributes:
+        budget: bytes the whole session may use over the process baseline.
+        minimum: the smallest budget for which a plan exists, bytes.
+        limiter: the part that sets the minimum.
+        fixed_bytes: buffers, activations, workspaces and staging (``fixed_parts`` names them).
+        resident: indices of the blocks that stay in.
+        streamed: indices of the others, in order of first use.
+        offsets: arena offset of every block, by block index.
+        resident_bytes, window_bytes: the two zones of the arena.
+        timing: predicted steady pass.
+        blocks: the blocks the indices mean.
+        machine: the storage the prediction rests on.
+    """
+
+    budget: int
+    minimum: int
+    limiter: str
+    fixed_bytes: int
+    fixed_parts: tuple[tuple[str, int], ...]
+    blocks: tuple[Block, ...]
+    resident: frozenset[int]
+    streamed: tuple[int, ...]
+    offsets: tuple[int, ...]
+    resident_bytes: int
+    window_bytes: int
+    timing: Timing
+    machine: Machine
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the slab."""
+        return self.resident_bytes + self.window_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as laid in the arena."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def predicted_latency(self) -> float:
+        """Seconds per pass in the steady state."""
+        return self.timing.latency
+
+    @property
+    def bound(self) -> float:
+        """Seconds no plan with this resident set can beat: the longer of computing and reading."""
+        return max(self.timing.compute, self.timing.bytes_read / self.machine.bandwidth)
+
+    def __str__(self) -> str:
+        from narrowboat.plan.explain import explain
+
+        return explain(self)
+
+
+def minimum_budget(workload: Workload) -> tuple[int, str]:
+    """The smallest budget in bytes for which a plan exists, and the layer or part that sets it."""
+    window = _least_window(workload.blocks)
+    _, step = peak_held(workload.blocks)
+    names = [b.name for b in workload.blocks if any(first <= step <= last for first, last in b.holds)]
+    largest = max(
+        (b for b in workload.blocks if any(first <= step <= last for first, last in b.holds)),
+        key=lambda b: b.nbytes,
+        default=None,
+    )
+    if largest is None:
+        limiter = "activations and buffers"
+    else:
+        limiter = f"{largest.name} ({format_bytes(largest.nbytes)})"
+        if len(names) > 1:
+            limiter += f" with {len(names) - 1} more in use at the same time"
+    return window + workload.fixed_bytes, limiter
+
+
+def _least_window(blocks: tuple[Block, ...]) -> int:
+    """Smallest window in which all blocks can be laid; at worst that of keeping every block."""
+    lower, _ = peak_held(blocks)
+    total = sum(block.nbytes for block in blocks)
+    window = lower
+    while window < total:
+        if place(blocks, window) is not None:
+            return window
+        window = min(total, max(window + PAGE, int(window * 1.05) // PAGE * PAGE))
+    return total
+
+
+def make_plan(workload: Workload, machine: Machine, budget: int) -> Plan:
+    """Decide for ``budget`` bytes.
+
+    Raises:
+        BudgetError: no plan fits; carries the smallest budget that would do and the layer that sets it.
+    """
+    minimum, limiter = minimum_budget(workload)
+    if budget < minimum:
+        parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in workload.fixed_parts if nbytes)
+        raise BudgetError(
+            f"budget {format_bytes(budget)} ({budget} bytes) cannot hold this model: the smallest that can is "
+            f"{format_bytes(minimum)} ({minimum} bytes), set by {limiter}"
+            + (f"; besides weights it pays for {parts}" if parts else ""),
+            minimum=minimum,
+            limiter=limiter,
+        )
+    room = budget - workload.fixed_bytes
+    best: Plan | None = None
+    for resident, streamed, places, window in _candidates(workload, room):
+        timing = simulate(workload, machine, resident, streamed, places)
+        # A window has to earn its bytes: half a percent, or the smaller one stays.
+        if best is not None and timing.latency > best.timing.latency * (1 - 5e-3):
+            continue
+        best = _assemble(workload, machine, budget, minimum, limiter, resident, streamed, places, window, timing)
+    assert best is not None  # the least window is among the candidates
+    return best
+
+
+def _candidates(workload: Workload, room: int):  # type: ignore[no-untyped-def]
+    """Yield ``(resident, streamed, offsets in the window, window bytes)``, smallest window first."""
+    blocks = workload.blocks
+    if workload.weight_bytes <= room:
+        yield frozenset(range(len(blocks))), (), [], 0
+        return
+    sizes = sorted({block.nbytes for block in blocks})
+    windows = {_least_window(blocks)}
+    windows.update(size * k for size in sizes for k in (1, 2, 3, 4) if len(sizes) <= 12)
+    step = max(sizes[len(sizes) // 2], PAGE)
+    while step < room:
+        windows.add(step // PAGE * PAGE)
+        step = max(step + PAGE, int(step * 1.2))
+    seen = set()
+    for window in sorted(w for w in windows if 0 < w <= room):
+        forced = frozenset(i for i, block in enumerate(blocks) if block.nbytes > window)
+        if sum(blocks[i].nbytes for i in forced) > room - window:
+            continue
+        for spread in _SPREADS:
+            resident = spread(workload, room - window, forced)
+            if (window, resident) in seen:
+                continue
+            seen.add((window, resident))
+            streamed = tuple(i for i in range(len(blocks)) if i not in resident)
+            places = place([blocks[i] for i in streamed], window)
+            if places is not None:
+                yield resident, streamed, places, window
+
+
+def _assemble(  # type: ignore[no-untyped-def]
+    workload, machine, budget, minimum, limiter, resident, streamed, places, window, timing
+) -> Plan:
+    blocks = workload.blocks
+    offsets = [0] * len(blocks)
+    for i, offset in zip(streamed, places, strict=True):
+        offsets[i] = offset
+    used = max((offset + blocks[i].nbytes for i, offset in zip(streamed, places, strict=True)), default=0)
+    at = used
+    for i in sorted(resident):
+        offsets[i] = at
+        at += blocks[i].nbytes
+    return Plan(
+        budget=budget,
+        minimum=minimum,
+        limiter=limiter,
+        fixed_bytes=workload.fixed_bytes,
+        fixed_parts=workload.fixed_parts,
+        blocks=blocks,
+        resident=frozenset(resident),
+        streamed=tuple(streamed),
+        offsets=tuple(offsets),
+        resident_bytes=at - used,
+        window_bytes=used,
+        timing=timing,
+        machine=machine,
+    )
+
+
+def retime(plan: Plan, workload: Workload, machine: Machine) -> Plan:
+    """The same decisions with the prediction made anew from better measurements."""
+    timing = simulate(workload, machine, plan.resident, plan.streamed, [plan.offsets[i] for i in plan.streamed])
+    return replace(plan, timing=timing, machine=machine)
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """The plan as JSON values; sizes in bytes, times in milliseconds."""
+    return {
+        "budget_bytes": plan.budget,
+        "min_budget_bytes": plan.minimum,
+        "limiter": plan.limiter,
+        "fixed_bytes": plan.fixed_bytes,
+        "fixed_parts": dict(plan.fixed_parts),
+        "weight_bytes": plan.weight_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "window_bytes": plan.window_bytes,
+        "blocks": len(plan.blocks),
+        "resident_blocks": len(plan.resident),
+        "bytes_read_per_pass": plan.timing.bytes_read,
+        "predicted_latency_ms": plan.timing.latency * 1e3,
+        "predicted_stall_ms": plan.timing.stall * 1e3,
+        "compute_ms": plan.timing.compute * 1e3,
+        "bound_ms": plan.bound * 1e3,
+        "bandwidth_bytes_per_s": plan.machine.bandwidth,
+        "text": f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window, "
+        f"{format_seconds(plan.timing.latency)} per pass",
+    }

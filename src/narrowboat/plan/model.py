@@ -1,0 +1,63 @@
+"""What the planner is told: the blocks of one pass, how long its steps compute, and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Weights that are swapped in and out together.
+
+    Attributes:
+        name: the layer a person knows it by.
+        nbytes: bytes it takes in the arena, page-rounded.
+        read_bytes: bytes read from storage to bring it in.
+        holds: the closed intervals ``(first step, last step)`` of one pass during which it must be in, in order.
+    """
+
+    name: str
+    nbytes: int
+    read_bytes: int
+    holds: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The storage as measured.
+
+    Attributes:
+        bandwidth: bytes per second that arrive while the processor computes.
+        read_latency: seconds a read costs on top of its bytes.
+        step_overhead: seconds of bookkeeping per step.
+    """
+
+    bandwidth: float
+    read_latency: float = 0.0002
+    step_overhead: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One pass of one model.
+
+    Attributes:
+        blocks: in order of first use.
+        step_seconds: compute time of each step (see ``profile.UseTrace``), without any waiting.
+        fixed_bytes: what the budget pays besides weights: buffers, activations, workspaces, staging.
+        fixed_parts: ``fixed_bytes`` by name, for the explanation.
+    """
+
+    blocks: tuple[Block, ...]
+    step_seconds: tuple[float, ...]
+    fixed_bytes: int = 0
+    fixed_parts: tuple[tuple[str, int], ...] = field(default=())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Arena bytes with every block in."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def occurrences(self) -> list[tuple[int, int, int]]:
+        """``(first step, last step, block index)`` of every hold of the pass, in the order reads are wanted."""
+        return sorted((first, last, i) for i, block in enumerate(self.blocks) for first, last in block.holds)

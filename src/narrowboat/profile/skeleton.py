@@ -1,0 +1,227 @@
+"""The skeleton: a module with its structure and no parameter storage.
+
+``no_storage()`` moves each parameter to meta the moment it is registered, so that at most one parameter's memory
+exists at a time and ``torch.empty`` pages are never touched. Buffers stay real: the non-persistent ones (masks,
+rotary frequencies) exist nowhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowboat.arena.slot import Slot, Weight
+from narrowboat.checkpoint import TensorEntry, WeightsIndex
+from narrowboat.errors import ForeignHooksError, ModelError, NarrowboatError, StreamedModelError, WeightsMismatchError
+
+_patch_lock = threading.RLock()
+
+
+@contextmanager
+def no_storage() -> Iterator[None]:
+    """Within the context, parameters registered on any module keep shape and dtype but no bytes."""
+    with _patch_lock:
+        register = nn.Module.register_parameter
+
+        def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            register(self, name, param)
+            if isinstance(param, nn.Parameter) and param.device.type == "cpu":
+                _empty_in_place(param)
+
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _empty_in_place(param: nn.Parameter) -> None:
+    # In place, so that a parameter registered twice (tied) stays one object.
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        return
+    meta = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device="meta")
+    try:
+        torch._C._swap_tensor_impl(param, nn.Parameter(meta, requires_grad=param.requires_grad))
+    except RuntimeError:
+        return  # something else refers to it (a view made in __init__): it keeps its bytes, and its meaning
+
+
+def build_skeleton(source: Callable[[], nn.Module] | nn.Module) -> nn.Module:
+    """A module from a factory taking no arguments, or the module given.
+
+    Raises:
+        ModelError: the factory fails or does not return a module.
+        ForeignHooksError: another offloader's hooks are on it.
+        StreamedModelError: it is streamed already.
+    """
+    if isinstance(source, nn.Module):
+        module = source
+    else:
+        if not callable(source):
+            raise ModelError(f"expected a module or a factory that makes one, got {type(source).__name__}")
+        try:
+            with no_storage():
+                module = source()
+        except NarrowboatError:
+            raise
+        except Exception as error:
+            name = getattr(source, "__qualname__", None) or getattr(source, "name", repr(source))
+            raise ModelError(f"the model factory {name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"the model factory returned {type(module).__name__}, not a torch.nn.Module")
+    _refuse_foreign(module)
+    return module
+
+
+def _refuse_foreign(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module has its weights inside the script; give the eager module it was made from")
+    for name, child in module.named_modules():
+        where = name or "the model itself"
+        if "_narrowboat_engine" in child.__dict__:
+            raise StreamedModelError(f"{where} is streamed already; close its session first: nb.session(model).close()")
+        if hasattr(child, "_hf_hook"):
+            raise ForeignHooksError(
+                f"{where} carries accelerate's hooks; remove them first: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        if hasattr(child, "_diffusers_hook"):
+            raise ForeignHooksError(
+                f"{where} carries diffusers' hooks; remove them first: "
+                "diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model).reset_stateful_hooks(); "
+                "or build the model anew without enable_group_offload()"
+            )
+        for parameter in child._parameters.values():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ModelError(f"{where} is a lazy module; run it once so that its shapes are known, then save its weights")
+
+
+def tensor_names(module: nn.Module) -> dict[int, tuple[torch.Tensor, list[str], bool]]:
+    """The weights of a module by identity: ``id -> (tensor, names, is_parameter)``; non-persistent buffers left out."""
+    found: dict[int, tuple[torch.Tensor, list[str], bool]] = {}
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        dot = prefix + "." if prefix else ""
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (parameter, [], True))[1].append(dot + name)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (buffer, [], False))[1].append(dot + name)
+    return found
+
+
+def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True) -> list[Weight]:
+    """Pair every parameter and persistent buffer with its entry in the weights file.
+
+    The returned weights carry entries but no slots yet (see ``attach_slots``).
+
+    Args:
+        module: the skeleton.
+        index: the weights at rest.
+        strict: refuse tensors in the file that the model does not have.
+
+    Raises:
+        WeightsMismatchError: one error that lists what is missing, unexpected, wrongly shaped or of another dtype.
+    """
+    problems: dict[str, list[str]] = {"missing": [], "shape": [], "dtype": [], "unexpected": []}
+    weights: dict[tuple[str, int, tuple[int, ...]], Weight] = {}
+    used: set[str] = set()
+    for tensor, names, _ in tensor_names(module).values():
+        stored = [name for name in names if index.resolve(name) is not None]
+        used.update(stored)
+        if not stored:
+            problems["missing"].append(names[0])
+            continue
+        entry = index.resolve(stored[-1])  # load_state_dict copies in order: the last name wins
+        assert entry is not None
+        if tuple(tensor.shape) != entry.shape:
+            problems["shape"].append(f"{names[0]}: the model has {list(tensor.shape)}, the file {list(entry.shape)}")
+        elif tensor.dtype != entry.dtype:
+            problems["dtype"].append(f"{names[0]}: the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}")
+    if strict:
+        problems["unexpected"] = [name for name in index.names() if name not in used]
+    if any(problems.values()):
+        raise WeightsMismatchError(_describe(problems, index))
+    for tensor, names, _ in tensor_names(module).values():
+        entry = next(e for e in (index.resolve(name) for name in reversed(names)) if e is not None)
+        key = (str(entry.file), entry.offset, entry.shape)
+        if entry.nbytes == 0:
+            key = (names[0], -1, entry.shape)
+        if key not in weights:
+            weights[key] = Weight(len(weights), names[0], entry)
+    return list(weights.values())
+
+
+def attach_slots(module: nn.Module, weights: list[Weight], index: WeightsIndex) -> None:
+    """Turn every weight of the module into a stand-in. From here on the module holds no weight bytes."""
+    by_place = {(str(w.entry.file), w.entry.offset, w.entry.shape): w for w in weights if w.entry.nbytes}
+    by_name = {w.name: w for w in weights}
+    for tensor, names, _ in list(tensor_names(module).values()):
+        entry = next(e for e in (index.resolve(name) for name in reversed(names)) if e is not None)
+        weight = by_place.get((str(entry.file), entry.offset, entry.shape)) if entry.nbytes else by_name[names[0]]
+        assert weight is not None
+        try:
+            weight.slots.append(Slot(weight, tensor))
+        except RuntimeError as error:
+            raise ModelError(
+                f"weight {names[0]!r} cannot be streamed, because another tensor shares its memory "
+                f"(a view or a graph made before nb.stream()): {str(error).splitlines()[0]}"
+            ) from error
+
+
+def fixed_buffer_bytes(module: nn.Module) -> int:
+    """Bytes of the buffers that live in memory throughout: the non-persistent ones."""
+    total = 0
+    seen: set[int] = set()
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name in child._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                total += buffer.nbytes if buffer.device.type != "meta" else 0
+    return total
+
+
+def is_materialised(module: nn.Module) -> bool:
+    """Whether the module's own parameters have bytes (it is not a skeleton)."""
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.device.type == "cpu" for p in parameters)
+
+
+def _describe(problems: dict[str, list[str]], index: WeightsIndex) -> str:
+    titles = {
+        "missing": "missing from the file",
+        "unexpected": "in the file but not in the model",
+        "shape": "wrong shape",
+        "dtype": "wrong dtype (build the model with the file's dtype, or convert the file)",
+    }
+    parts = []
+    for kind, names in problems.items():
+        if names:
+            shown = "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+            parts.append(f"{len(names)} {titles[kind]}: {shown}")
+    where = index.files[0] if index.files else "the weights file"
+    return f"the weights in {where} are not this model's: " + " | ".join(parts)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def entry_key(entry: TensorEntry) -> tuple[str, int]:
+    """Place of a tensor at rest, for sorting in file order."""
+    return (str(entry.file), entry.offset)
+
+
+def describe_module(module: nn.Module) -> dict[str, Any]:
+    """Counts of a skeleton for reports: modules, parameters, bytes of weights."""
+    unique = [tensor for tensor, _, _ in tensor_names(module).values()]
+    return {
+        "modules": sum(1 for _ in module.modules()),
+        "parameters": sum(t.numel() for t in unique if isinstance(t, nn.Parameter)),
+        "bytes": sum(t.numel() * t.element_size() for t in unique),
+    }

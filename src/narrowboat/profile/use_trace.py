@@ -1,0 +1,279 @@
+"""The parameter-use trace: which weights each stretch of a pass really uses, and in which order.
+
+A pass is cut at every entry to and exit from a module. What runs between two such events is a *step*. A weight
+belongs to the steps in which an operator touches it, wherever the code that touches it stands: an output projection
+used by its parent's forward, a tied head, an expert stack, a parameter read as data. Views count as the weight they
+are taken from: a weight whose view made in step 3 is used in step 9 is held from 3 to 9.
+
+The trace is taken on a deep copy of the skeleton with fake tensors (shapes without bytes), so neither the model's own
+attributes nor its caches ever see one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from narrowboat.arena.slot import Weight
+from narrowboat.profile.skeleton import tensor_names
+
+ENTER, EXIT = 0, 1
+Event = tuple[int, int]  # (module number, ENTER or EXIT)
+
+
+@dataclass
+class UseTrace:
+    """One pass, cut into steps.
+
+    Attributes:
+        events: the event that opens each step: (module number in ``named_modules`` order, ENTER or EXIT).
+        uses: for each step, the weight numbers it touches, in order of first touch.
+        holds: ``(weight, first step, last step)`` where a view outlives the step it was made in.
+        flops: floating-point operations of each step (0 where unknown).
+        traffic: bytes read and written by the operators of each step.
+        activation_bytes: most bytes of intermediate tensors alive at once, inputs included.
+        workspace_bytes: estimate of the largest kernel workspace.
+        written: weights that the pass modifies in place.
+        output_bytes: bytes of the pass's results.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    uses: list[list[int]] = field(default_factory=list)
+    holds: list[tuple[int, int, int]] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    traffic: list[float] = field(default_factory=list)
+    activation_bytes: int = 0
+    workspace_bytes: int = 0
+    written: set[int] = field(default_factory=set)
+    output_bytes: int = 0
+
+    def open_step(self, event: Event) -> None:
+        """Begin the step that ``event`` opens."""
+        self.events.append(event)
+        self.uses.append([])
+        self.flops.append(0.0)
+        self.traffic.append(0.0)
+
+    def use(self, weight: int) -> None:
+        """Note that the current step touches ``weight``."""
+        if self.uses and weight not in self.uses[-1]:
+            self.uses[-1].append(weight)
+
+    def execution_order(self) -> list[int]:
+        """Weight numbers in order of first use."""
+        return list(dict.fromkeys(w for step in self.uses for w in step))
+
+
+class TraceFailed(Exception):
+    """Fake execution is not possible for this model; the first real pass is the trace then."""
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator of the fake pass."""
+
+    def __init__(self, trace: UseTrace, weight_of_storage: dict[int, int], mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.trace = trace
+        self.weight_of = weight_of_storage
+        self.mode = mode
+        self.alive = 0
+        self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._made_in: dict[int, int] = {}  # id of a view of a weight -> step it was made in
+        self._views: list[torch.Tensor] = []
+        self._own: set[int] = set()
+
+    def own(self, tensor: torch.Tensor) -> None:
+        """``tensor`` is a weight itself, not a view of one."""
+        self._own.add(id(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        step = len(self.trace.uses) - 1
+        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        outputs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
+        touched = False
+        if step >= 0:
+            for tensor in inputs:
+                weight = self._weight(tensor)
+                if weight is not None:
+                    touched = True
+                    self.trace.use(weight)
+                    made = self._made_in.get(id(tensor), step)
+                    if made < step:
+                        self.trace.holds.append((weight, made, step))
+                    if _is_written(func, tensor, args, kwargs):
+                        self.trace.written.add(weight)
+        for tensor in outputs:
+            weight = self._weight(tensor)
+            if weight is not None and id(tensor) not in self._own:
+                self._made_in[id(tensor)] = step
+                self._views.append(tensor)  # keeps the id unique
+            elif weight is None:
+                self._count(tensor)
+        if step >= 0:
+            self._cost(func, args, kwargs, inputs, outputs, out, step, touched)
+        return out
+
+    def _weight(self, tensor: torch.Tensor) -> int | None:
+        try:
+            return self.weight_of.get(tensor.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):
+            return None
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return
+        if storage in self._known:
+            return
+        nbytes = storage.nbytes()
+        self._known[storage] = nbytes
+        self.alive += nbytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, nbytes)
+
+    def _freed(self, nbytes: int) -> None:
+        self.alive -= nbytes
+
+    def _cost(self, func: Any, args: Any, kwargs: Any, inputs: list[Any], outputs: list[Any], out: Any, step: int, weighty: bool) -> None:
+        from torch.utils.flop_counter import flop_registry
+
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.trace.flops[step] += float(formula(*args, **kwargs, out_val=out))
+        moved = sum(_nbytes(t) for t in inputs) + sum(_nbytes(t) for t in outputs)
+        if not getattr(func, "is_view", False):
+            self.trace.traffic[step] += moved
+        if "convolution" in func._schema.name:
+            # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
+            self.trace.workspace_bytes = max(self.trace.workspace_bytes, moved)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _is_written(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> bool:
+    if not func._schema.is_mutable:
+        return False
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if value is tensor and argument.alias_info is not None and argument.alias_info.is_write:
+            return True
+    return False
+
+
+def trace_uses(module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> UseTrace:
+    """Run ``module`` once with fake tensors and record what it uses.
+
+    Args:
+        module: a skeleton with parameters on meta (or real ones; they are not read).
+        numbers_of: ``id(tensor) -> weight number`` of the module's tensors (see ``weight_numbers``).
+        args, kwargs: example inputs; their values are not read.
+
+    Raises:
+        TraceFailed: the model cannot be run on fake tensors (data-dependent control flow, an operator without a
+            shape rule, a module that cannot be copied).
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    trace = UseTrace()
+    by_storage: dict[int, int] = {}
+    recorder = _Recorder(trace, by_storage, mode)
+    memo: dict[int, Any] = {}
+    keep: list[torch.Tensor] = []
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, _, is_parameter in tensor_names(module).values():
+                with mode:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                    if is_parameter:
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                memo[id(tensor)] = fake
+                keep.append(fake)
+                if id(tensor) in numbers_of:
+                    by_storage[fake.untyped_storage()._cdata] = numbers_of[id(tensor)]
+                recorder.own(fake)
+            double = copy.deepcopy(module, memo)
+            numbers = {id(child): number for number, (_, child) in enumerate(double.named_modules())}
+            _cut(double, numbers, trace)
+            real = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+            fakes = {id(t): mode.from_tensor(t) for t in real}
+            args, kwargs = tree_map(lambda v: fakes[id(v)] if isinstance(v, torch.Tensor) else v, (args, kwargs))
+            with mode, recorder:
+                for value in fakes.values():
+                    recorder._count(value)
+                out = double(*args, **kwargs)
+        trace.output_bytes = sum(_nbytes(t) for t in _tensors(out))
+    except Exception as error:
+        raise TraceFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    finally:
+        _clear_caches(module)
+    trace.activation_bytes = recorder.peak
+    return trace
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    return (t for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+
+
+def announces(module: nn.Module) -> bool:
+    """Whether a module's entries and exits are events: it has weights, or some module in it has."""
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def _cut(double: nn.Module, numbers: dict[int, int], trace: UseTrace) -> None:
+    """Make every module of the copy announce its entries and exits, as the session's wrappers will."""
+    for child in list(double.modules()):
+        if child is not double and not announces(child):
+            continue
+        number = numbers[id(child)]
+        forward = child.forward
+
+        def wrapped(*args: Any, _forward: Any = forward, _number: int = number, **kwargs: Any) -> Any:
+            trace.open_step((_number, ENTER))
+            try:
+                return _forward(*args, **kwargs)
+            finally:
+                trace.open_step((_number, EXIT))
+
+        child.forward = functools.wraps(forward)(wrapped)
+
+
+def _clear_caches(module: nn.Module) -> None:
+    """Empty the ``lru_cache``s that the model's code could have filled with fake tensors."""
+    seen: set[int] = set()
+    for child in module.modules():
+        for cls in type(child).__mro__:
+            owner = sys.modules.get(cls.__module__)
+            if owner is None or id(owner) in seen or cls.__module__.startswith(("torch.", "builtins")):
+                continue
+            seen.add(id(owner))
+            for scope in (vars(owner), *(vars(c) for c in vars(owner).values() if isinstance(c, type))):
+                for value in list(scope.values()):
+                    if isinstance(value, functools._lru_cache_wrapper):
+                        value.cache_clear()
+
+
+def weight_numbers(module: nn.Module, weights: list[Weight], resolve: Any) -> dict[int, int]:
+    """``id(tensor) -> weight number`` for the tensors of an unbound skeleton."""
+    numbers: dict[int, int] = {}
+    by_place = {(str(w.entry.file), w.entry.offset, w.entry.shape): w.index for w in weights if w.entry.nbytes}
+    for tensor, names, _ in tensor_names(module).values():
+        entry = next((e for e in (resolve(name) for name in reversed(names)) if e is not None), None)
+        if entry is not None and entry.nbytes:
+            numbers[id(tensor)] = by_place[(str(entry.file), entry.offset, entry.shape)]
+    return numbers

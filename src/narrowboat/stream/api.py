@@ -1,0 +1,127 @@
+"""``nb.stream`` and ``nb.session``: from a model and its weights at rest to a model that runs inside a budget."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental.symbolic_shapes  # the tracer's libraries: part of the baseline, not of the budget
+from torch import nn
+
+from narrowboat.checkpoint import pack
+from narrowboat.errors import StreamedModelError, UsageError
+from narrowboat.machine.cache import cache_folder
+from narrowboat.machine.memory import process_memory
+from narrowboat.plan.make import make_plan
+from narrowboat.plan.model import Machine
+from narrowboat.profile.order import split_example
+from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
+from narrowboat.quantities import parse_bytes
+from narrowboat.stream.prepare import prepare
+from narrowboat.stream.session import Session
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_IO = ("auto", "direct", "buffered")
+
+
+def stream(
+    model: Callable[[], nn.Module] | nn.Module,
+    weights: str | Path | None = None,
+    *,
+    budget: int | str,
+    example: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+    io: str = "auto",
+    lock_memory: bool = False,
+    offload_folder: str | Path | None = None,
+) -> nn.Module:
+    """Return the model, of its own class and callable as before, running from storage within ``budget`` bytes.
+
+    Args:
+        model: a factory taking no arguments (built without storage for its parameters), a module on meta, or a
+            materialised module (its own weights are let go).
+        weights: a safetensors file, a sharded index, a Hugging Face folder, or a ``.pth`` file. None for a
+            materialised module: its weights are then first written to ``offload_folder``.
+        budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
+            ``"300MB"`` or ``"300MiB"``.
+        example: inputs of one pass, a tuple of positional or a dict of keyword arguments; only shapes are used. If
+            left out, the factory's ``example_inputs()`` is used where there is one, else the first real call is the trace.
+        device: ``"cpu"``.
+        strict: refuse a weights file with tensors the model does not have.
+        io: ``"direct"`` (refuse if it cannot be had), ``"buffered"``, or ``"auto"``.
+        lock_memory: keep the arena from being swapped out.
+        offload_folder: where a materialised module's weights are written; deleted again when the session closes.
+            None: the user's cache folder.
+
+    Raises:
+        BudgetError: the budget cannot hold the model (nothing has been read); ``.minimum`` is the smallest that can.
+        WeightsError: the file is missing, malformed, or not this model's.
+        ModelError: the factory fails, or the example does not fit the model.
+        ForeignHooksError: accelerate's or diffusers' hooks are on the model.
+        UsageError: an argument cannot be used as given.
+    """
+    nbytes = parse_bytes(budget, what="budget")
+    if torch.device(device).type != "cpu":
+        raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
+    if io not in _IO:
+        raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
+    if example is None:
+        maker = getattr(model, "example_inputs", None)
+        example = maker() if callable(maker) else None
+    pair = split_example(example) if example is not None else None
+    baseline = process_memory().rss
+    if weights is None:
+        if not isinstance(model, nn.Module):
+            raise UsageError("weights= is missing: give the weights file (a materialised module may come without)")
+        if not is_materialised(model):
+            raise UsageError("weights= is missing, and the module is on meta: there is nothing to take its weights from")
+    cleanup = None
+    if weights is None:
+        weights, cleanup = _offload(build_skeleton(model), offload_folder)
+    try:
+        prepared = prepare(model, weights, pair, strict=strict)
+        # Everything that can be refused is refused before the module is touched.
+        make_plan(prepared.workload()[0], Machine(bandwidth=1e9), nbytes)
+        made = Session(prepared, budget=nbytes, io=io, lock_memory=lock_memory, baseline=baseline, cleanup=cleanup)
+    except BaseException:
+        if cleanup is not None:
+            cleanup()
+        raise
+    _sessions[prepared.module] = made
+    return prepared.module
+
+
+def session(model: nn.Module) -> Session:
+    """The session of a streamed model.
+
+    Raises:
+        StreamedModelError: the model was not made by ``nb.stream``.
+    """
+    found = _sessions.get(model) if isinstance(model, nn.Module) else None
+    if found is None:
+        raise StreamedModelError("this model is not streamed: make one with nb.stream(model, weights, budget=...)")
+    return found
+
+
+def _offload(module: nn.Module, folder: str | Path | None) -> tuple[Path, Callable[[], None]]:
+    """Write a materialised module's weights to a file of its own name; returns it and what deletes it."""
+    place = Path(folder) if folder is not None else cache_folder() / "offload"
+    place.mkdir(parents=True, exist_ok=True)
+    # A name that no other model can have: two models never share an offload file.
+    path = place / f"offload-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
+    state = {names[0]: tensor.detach() for tensor, names, _ in tensor_names(module).values()}
+    pack(state, path)
+
+    def cleanup() -> None:
+        path.unlink(missing_ok=True)
+        atexit.unregister(cleanup)
+
+    atexit.register(cleanup)
+    return path, cleanup

@@ -1,0 +1,395 @@
+"""The session: one streamed model, its plan, and what it measured."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from narrowboat.arena.ledger import Ledger
+from narrowboat.arena.slab import Slab
+from narrowboat.checkpoint import WeightsIndex
+from narrowboat.errors import GradientError, NarrowboatError, UsageError
+from narrowboat.machine.memory import process_memory
+from narrowboat.machine.openmp import openmp_status
+from narrowboat.plan.make import Plan, make_plan, retime
+from narrowboat.plan.model import Machine
+from narrowboat.profile.skeleton import attach_slots
+from narrowboat.profile.use_trace import UseTrace
+from narrowboat.profile.workload import Group
+from narrowboat.quantities import format_bytes
+from narrowboat.stream.blocks import BlockState
+from narrowboat.stream.engine import Engine
+from narrowboat.stream.passes import PassRecord
+from narrowboat.stream.prepare import CHUNK, WORKERS, Prepared
+from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
+from narrowboat.stream.wrap import wrap_modules
+from narrowboat.trace import Trace
+
+log = logging.getLogger("narrowboat")
+_SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
+_WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
+
+
+class Session:
+    """Handle of a streamed model; ``nb.session(model)`` returns it. A context manager: leaving it closes it.
+
+    Attributes:
+        plan: the plan in force (``print(session.plan)`` explains it).
+        ledger: who holds how many bytes.
+    """
+
+    plan: Plan
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        budget: int,
+        io: str,
+        lock_memory: bool,
+        baseline: int,
+        cleanup: Callable[[], None] | None = None,
+    ) -> None:
+        self._prepared = prepared
+        self._weights = prepared.weights
+        self._index = index = prepared.index
+        self._budget = budget
+        self._cleanup = cleanup
+        self._lock_memory = lock_memory
+        self._baseline = baseline
+        self._peak_before = process_memory().hwm
+        self._closed = False
+        self.ledger = Ledger()
+        self._timeline = Trace()
+        self._records: deque[PassRecord] = deque(maxlen=256)
+        self._passes = 0
+        self._complete = 0
+        self._sampled_peak = 0
+        self._settled = False
+        self._slab: Slab | None = None
+        self._files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in _stamped(index)]
+        if io == "direct" and not all(file.direct for file in self._files):
+            reason = next(file.refusal for file in self._files if not file.direct)
+            self._close_files()
+            raise UsageError(f"io='direct' was asked for, but {self._files[0].path} refuses direct I/O ({reason}); use io='auto'")
+        self._file_number = {str(file.path): i for i, file in enumerate(self._files)}
+        self.reader = Reader(self._files, chunk=CHUNK, workers=WORKERS, trace=self._timeline)
+        try:
+            self._machine = Machine(bandwidth=self._probe_bandwidth())
+            workload, groups = prepared.workload()
+            plan = make_plan(workload, self._machine, budget)
+            attach_slots(prepared.module, prepared.weights, index)
+            self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
+            self.engine.on_begin = self._before_pass
+            self.engine.on_end = self._after_pass
+            if prepared.trace is None:
+                self.engine.observed = UseTrace()
+            self._adopt(plan, groups)
+        except BaseException:
+            self.reader.close()
+            self._close_files()
+            raise
+        wrap_modules(prepared.module, self.engine)
+        status = openmp_status()
+        if status.risky:
+            log.warning("%s", status.advice)
+
+    # -- what a user reads -------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int:
+        """Bytes the session may use over the process baseline."""
+        return self._budget
+
+    @property
+    def min_budget(self) -> int:
+        """The smallest budget in bytes with which this model can be streamed."""
+        return self.plan.minimum
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether every weights file is read past the page cache."""
+        return all(file.direct for file in self._files)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session was closed."""
+        return self._closed
+
+    def stats(self) -> dict[str, Any]:
+        """Measurements of the passes so far.
+
+        ======================== ======= ==========================================================
+        key                      unit    meaning
+        ======================== ======= ==========================================================
+        passes                   count   calls that ended well
+        off_trace_passes         count   of those, passes that left the traced order
+        latency_ms               ms      per pass, the last 256, oldest first
+        stall_ms                 ms      per pass, time spent waiting for weights
+        compute_ms               ms      per pass, latency without the stalls
+        read_ms                  ms      per pass, time during which storage was being read
+        bytes_read               bytes   per pass, what arrived from storage during it
+        median_latency_ms        ms      median over the complete passes after the first two
+        predicted_latency_ms     ms      of the plan in force, steady state
+        predicted_stall_ms       ms      of the plan in force
+        block_stall_ms           ms      by block, in the last pass
+        budget_bytes             bytes   the budget
+        min_budget_bytes         bytes   the smallest that would do
+        weight_bytes             bytes   all weights as laid in the arena
+        resident_bytes           bytes   weights that stay in
+        window_bytes             bytes   arena shared by the streamed blocks
+        fixed_bytes              bytes   what the budget pays besides weights, by name in fixed_parts
+        held_bytes               bytes   by name: what the session holds now (see ``arena.Ledger``)
+        peak_bytes               bytes   most resident memory of the process over its baseline so far
+        baseline_bytes           bytes   resident memory of the process when the session began
+        copied_bytes             bytes   read bytes that needed one copy (the file is not packed)
+        direct_io                bool    storage is read past the page cache
+        direct_io_refusal        text    why not
+        bandwidth_bytes_per_s    B/s     storage as measured, processor busy
+        misses                   count   operators that met a weight that was out
+        jumps                    count   module calls out of the traced order
+        memory_locked            bool    the arena cannot be swapped out
+        openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
+        openmp_risky             bool    a busy neighbour can make a pass many times slower
+        ======================== ======= ==========================================================
+        """
+        records = list(self._records)
+        settled = [r.latency for r in records if r.complete][min(2, max(len(records) - 1, 0)) :]
+        status = openmp_status()
+        plan = self.plan
+        return {
+            "passes": self._passes,
+            "off_trace_passes": self._passes - self._complete,
+            "latency_ms": [r.latency * 1e3 for r in records],
+            "stall_ms": [r.stall * 1e3 for r in records],
+            "compute_ms": [r.compute * 1e3 for r in records],
+            "read_ms": [r.read_busy * 1e3 for r in records],
+            "bytes_read": [r.bytes_read for r in records],
+            "median_latency_ms": statistics.median(settled) * 1e3 if settled else None,
+            "predicted_latency_ms": plan.predicted_latency * 1e3,
+            "predicted_stall_ms": plan.timing.stall * 1e3,
+            "block_stall_ms": {
+                plan.blocks[i].name: seconds * 1e3 for i, seconds in (records[-1].stall_by_block if records else {}).items()
+            },
+            "budget_bytes": self._budget,
+            "min_budget_bytes": plan.minimum,
+            "weight_bytes": plan.weight_bytes,
+            "resident_bytes": plan.resident_bytes,
+            "window_bytes": plan.window_bytes,
+            "fixed_bytes": plan.fixed_bytes,
+            "fixed_parts": dict(plan.fixed_parts),
+            "held_bytes": self.ledger.held(),
+            "peak_bytes": self.peak_bytes,
+            "baseline_bytes": self._baseline,
+            "copied_bytes": self.reader.bytes_copied,
+            "direct_io": self.direct_io,
+            "direct_io_refusal": next((f.refusal for f in self._files if f.refusal), ""),
+            "bandwidth_bytes_per_s": self._machine.bandwidth,
+            "misses": self.engine.misses,
+            "jumps": self.engine.jumps,
+            "memory_locked": self._slab.locked if self._slab is not None else False,
+            "openmp_policy": status.policy,
+            "openmp_risky": status.risky,
+        }
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most resident memory of the process over its baseline since the session began.
+
+        From the kernel's high-water mark where it has risen since, else from samples at the end of passes.
+        """
+        memory = process_memory()
+        peak = memory.hwm if memory.hwm > self._peak_before else max(self._sampled_peak, memory.rss)
+        return max(peak - self._baseline, 0)
+
+    def trace(self) -> Trace:
+        """The timeline of the recent passes; ``.save_chrome(path)`` writes it for Perfetto."""
+        return self._timeline
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back. The model's weights become unusable, with an error that says so; idempotent."""
+        if self._closed:
+            return
+        with self.engine.lock:
+            self._closed = True
+            try:
+                self.engine.let_go()
+            except NarrowboatError as error:
+                log.warning("%s", error)
+            self.engine.closed = (
+                f"the session that streamed this model from {self._index.files[0]} is closed; "
+                "stream the model again: nb.stream(...)"
+            )
+            self.reader.close()
+            self._close_files()
+            if self._slab is not None:
+                self._slab.close()
+                self._slab = None
+            self.ledger.set("resident", 0)
+            self.ledger.set("window", 0)
+        if self._cleanup is not None:
+            self._cleanup()
+
+    # -- how it works ------------------------------------------------------------------------------
+
+    def _adopt(self, plan: Plan, groups: list[Group]) -> None:
+        if self._slab is None or self._slab.nbytes < plan.arena_bytes:
+            if self._slab is not None:
+                self._slab.close()
+            self._slab = Slab(plan.arena_bytes, lock=self._lock_memory)
+        self.plan = plan
+        self.ledger.set("resident", plan.resident_bytes)
+        self.ledger.set("window", plan.window_bytes)
+        self.engine.adopt(plan, self._make_blocks(plan, groups), self._prepared.trace, self._slab)
+
+    def _make_blocks(self, plan: Plan, groups: list[Group]) -> list[BlockState]:
+        placed = set(plan.resident) | set(plan.streamed)
+        blocks = []
+        for i, group in enumerate(groups):
+            base = plan.offsets[i] if i in placed else None
+            blocks.append(
+                BlockState(
+                    index=i,
+                    name=group.block.name,
+                    nbytes=group.block.nbytes,
+                    weights=[self._weights[w] for w in group.weights],
+                    places=group.places,
+                    offset=base,
+                    extents=self._extents(group, base or 0),
+                    resident=i in plan.resident,
+                )
+            )
+        spans = sorted((plan.offsets[i], plan.offsets[i] + plan.blocks[i].nbytes, i) for i in plan.streamed)
+        open_spans: list[tuple[int, int]] = []
+        for low, high, i in spans:
+            open_spans = [(end, j) for end, j in open_spans if end > low]
+            for _, j in open_spans:
+                blocks[i].meets.append(blocks[j])
+                blocks[j].meets.append(blocks[i])
+            open_spans.append((high, i))
+        return blocks
+
+    def _extents(self, group: Group, base: int) -> list[Extent]:
+        """What to read for a block; neighbours in a packed file in one piece."""
+        extents: list[Extent] = []
+        for w, place in zip(group.weights, group.places, strict=True):
+            entry = self._weights[w].entry
+            number = self._file_number[str(entry.file)]
+            nbytes = -(-entry.nbytes // PAGE) * PAGE if self._index.packed else entry.nbytes
+            if self._index.packed and extents:
+                last = extents[-1]
+                if last.file == number and last.offset + last.nbytes == entry.offset:
+                    extents[-1] = Extent(number, last.offset, last.nbytes + nbytes, last.target)
+                    continue
+            extents.append(Extent(number, entry.offset, nbytes, base + place))
+        return extents
+
+    def _probe_bandwidth(self) -> float:
+        """Bytes per second of reading a few megabytes of the weights themselves."""
+        sample = min(sum(e.nbytes for e in self._index.entries.values()) // PAGE * PAGE, 16 << 20)
+        size = max((file.stamp.size for file in self._files), default=0) // PAGE * PAGE
+        if min(sample, size) < 1 << 20:
+            return 1e9
+        number = max(range(len(self._files)), key=lambda i: self._files[i].stamp.size)
+        piece = 1 << 20
+        scratch = Slab(piece * 2)
+        try:
+            start = time.perf_counter()
+            jobs = [
+                self.reader.submit("probe", scratch, [Extent(number, at, piece, (at // piece % 2) * piece)])
+                for at in range(0, min(sample, size) - piece + 1, piece)
+            ]
+            for job in jobs:
+                self.reader.wait(job)
+            return len(jobs) * piece / (time.perf_counter() - start)
+        finally:
+            self.reader.drain()
+            scratch.close()
+
+    def _before_pass(self) -> None:
+        if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
+            raise GradientError(
+                "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
+                "torch.no_grad(); to train inside a budget use nb.train_step(model, loss_fn, optimizer, budget=...)"
+            )
+        for file in self._files:
+            file.check_path()
+
+    def _after_pass(self, record: PassRecord | None) -> None:
+        if record is None:
+            return
+        for file in self._files:
+            file.check_open_file()
+        self._records.append(record)
+        self._passes += 1
+        self._complete += record.complete
+        self._sampled_peak = max(self._sampled_peak, process_memory().rss)
+        observed = self.engine.observed
+        if observed is not None:
+            self.engine.observed = None
+            if observed.events:
+                self._learn(observed, record)
+        elif not self._settled and record.complete and self._complete >= _SETTLE_AFTER:
+            self._settled = True
+            self._settle(record)
+
+    def _learn(self, observed: UseTrace, record: PassRecord) -> None:
+        """The first real pass was the trace: plan by it."""
+        self._prepared.trace = observed
+        share = record.compute / max(len(observed.events), 1)
+        self._prepared.step_seconds = tuple(share for _ in observed.events)
+        workload, groups = self._prepared.workload()
+        try:
+            plan = make_plan(workload, self._machine, self._budget)
+        except NarrowboatError as error:
+            # It ran, by loading on demand; without a plan it goes on doing so.
+            log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
+            self._prepared.trace = None
+            return
+        self._replace(plan, groups)
+
+    def _settle(self, record: PassRecord) -> None:
+        """Plan again from measured times; move only if it is worth reading the resident set again."""
+        self._prepared.step_seconds = tuple(record.step_seconds)
+        if record.read_busy > 0.005 and record.bytes_read:
+            self._machine = Machine(bandwidth=record.bytes_read / record.read_busy)
+        workload, groups = self._prepared.workload()
+        current = retime(self.plan, workload, self._machine)
+        self.plan = current
+        if not current.streamed or any(s.other is not None and s.written for w in self._weights for s in w.slots):
+            return
+        better = make_plan(workload, self._machine, self._budget)
+        if better.predicted_latency < current.predicted_latency * (1 - _WORTH_MOVING):
+            self._replace(better, groups)
+
+    def _replace(self, plan: Plan, groups: list[Group]) -> None:
+        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+        self.engine.let_go()
+        self._adopt(plan, groups)
+
+    def _close_files(self) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._passes} passes"
+        return f"<narrowboat session: {format_bytes(self._budget)} budget, {state}>"
+
+
+def _stamped(index: WeightsIndex) -> list[tuple[Path, Any]]:
+    return list(zip(index.files, index.stamps, strict=True))

@@ -1,0 +1,49 @@
+"""``import narrowboat as nb``: quick, complete, and the same whatever was imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import narrowboat as nb
+
+
+def _run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+
+
+def test_import_loads_no_torch() -> None:
+    finished = _run("import sys, narrowboat, narrowboat.stream; sys.exit('torch' in sys.modules)")
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import narrowboat.stream.session, narrowboat.checkpoint.pack; import narrowboat as nb",
+        "import narrowboat as nb; nb.session; nb.stream; nb.pack; import narrowboat.stream.session",
+    ],
+)
+def test_every_name_works_after_any_order_of_imports(imports: str) -> None:
+    finished = _run(
+        f"{imports}\n"
+        "import types\n"
+        "assert callable(nb.stream) and callable(nb.session) and isinstance(nb.pack, types.FunctionType)\n"
+        "from narrowboat.stream import stream\n"
+        "from narrowboat.stream.session import Session\n"
+        "assert nb.Session is Session and callable(stream)\n"
+        "assert issubclass(nb.errors.BudgetError, nb.NarrowboatError)\n"
+        "try:\n    nb.stream()\nexcept TypeError as error:\n    assert 'stream()' in str(error), error\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="sail"):
+        nb.sail  # noqa: B018
+
+
+def test_every_public_name_is_listed() -> None:
+    assert set(nb.__all__) <= set(dir(nb))

@@ -1,0 +1,72 @@
+"""The allocator policies change what stays resident, in a child process each."""
+
+import subprocess
+import sys
+
+import pytest
+
+from narrowboat.machine.malloc import MallocPolicy, allocator_name, set_malloc_policy, trim
+
+needs_glibc = pytest.mark.skipif(
+    allocator_name() != "glibc", reason=f"the allocator is {allocator_name()}, not glibc's"
+)
+
+# Every second block is freed, so that the heap has holes that trimming its end cannot give back.
+HOLES = """
+import ctypes, sys
+from narrowboat.machine.malloc import set_malloc_policy
+from narrowboat.machine.memory import process_memory
+assert set_malloc_policy(sys.argv[1]) is True
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "default":
+    libc.free(libc.malloc(16 << 20))  # glibc learns from this: its threshold is 16 MiB now
+size, count = 2 << 20, 32
+blocks = [libc.malloc(size) for _ in range(count)]
+for block in blocks:
+    ctypes.memset(block, 1, size)
+before = process_memory().anon
+for block in blocks[::2]:
+    libc.free(block)
+print(before - process_memory().anon)
+"""
+
+
+def given_back(policy: MallocPolicy) -> int:
+    run = subprocess.run([sys.executable, "-c", HOLES, policy.value], capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
+@needs_glibc
+def test_strict_gives_freed_blocks_back_at_once() -> None:
+    assert given_back(MallocPolicy.STRICT) >= 30 << 20
+
+
+@needs_glibc
+def test_the_default_keeps_holes_resident() -> None:
+    assert given_back(MallocPolicy.DEFAULT) < 4 << 20
+
+
+@needs_glibc
+@pytest.mark.parametrize("first", MallocPolicy)
+@pytest.mark.parametrize("second", MallocPolicy)
+def test_every_policy_is_accepted_after_every_other(first: MallocPolicy, second: MallocPolicy) -> None:
+    script = (
+        "import sys; from narrowboat.machine.malloc import set_malloc_policy\n"
+        "print(all(map(set_malloc_policy, sys.argv[1:])))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, first.value, second.value], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "True\n"
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="loose"):
+        set_malloc_policy("loose")
+
+
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.machine.malloc.allocator_name", lambda: "jemalloc")
+    assert set_malloc_policy(MallocPolicy.STRICT) is False
+    assert trim() is False

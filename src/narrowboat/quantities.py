@@ -38,7 +38,9 @@ def parse_bytes(value: int | float | str, *, what: str = "budget") -> int:
         QuantityError: not a size, not finite, negative, or zero.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise QuantityError(f"{what} {value!r} is not a byte size: give an int, or a string such as '300MiB' or '1.5GB'")
+        raise QuantityError(
+            f"{what} {value!r} is not a byte size: give an int, or a string such as '300MiB' or '1.5GB'"
+        )
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value)
         unit = match.group(2).lower() if match else None
@@ -77,7 +79,9 @@ def parse_seconds(value: int | float | str, *, what: str = "duration") -> float:
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value)
         if match is None or match.group(2).lower() not in _TIME_UNITS:
-            raise QuantityError(f"{what} {value!r} is not a duration: give a number with ns, us, ms, s, min or h, such as '33ms'")
+            raise QuantityError(
+                f"{what} {value!r} is not a duration: give a number with ns, us, ms, s, min or h, such as '33ms'"
+            )
         number = float(match.group(1)) * _TIME_UNITS[match.group(2).lower()]
     else:
         number = float(value)

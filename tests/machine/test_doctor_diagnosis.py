@@ -105,3 +105,17 @@ def test_a_choice_that_cannot_be_kept_is_told(quick: Path, monkeypatch: pytest.M
 def test_what_each_finding_means_is_said(finding: doctor.Finding, state: str, word: str) -> None:
     assert finding.state == state
     assert word in finding.meaning
+
+
+@pytest.mark.parametrize(
+    ("choice", "word"),
+    [
+        (None, "not measured"),
+        (OpenMPChoice("1000", None, 2), "best here"),
+        (OpenMPChoice("passive", None, 2), "another"),
+    ],
+)
+def test_the_policy_in_force_is_never_called_measured_when_another_was_better(
+    choice: OpenMPChoice | None, word: str
+) -> None:
+    assert word in doctor.openmp_finding(openmp_status({"GOMP_SPINCOUNT": "1000"}, cores=2, threads=2), choice).meaning

@@ -38,7 +38,9 @@ class Slab:
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise StorageError(f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget") from error
+            raise StorageError(
+                f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget"
+            ) from error
         self._view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         # Below one huge page the advice can only make the slab larger than asked for.
@@ -46,9 +48,11 @@ class Slab:
         if not self._advise(_MADV_POPULATE_WRITE):
             for offset in range(0, self.nbytes, PAGE):
                 self._map[offset] = 0
-        self.locked = lock and ctypes.CDLL(None, use_errno=True).mlock(
-            ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes)
-        ) == 0
+        self.locked = (
+            lock
+            and ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
+            == 0
+        )
 
     def _advise(self, advice: int) -> bool:
         try:

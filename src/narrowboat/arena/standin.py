@@ -54,10 +54,14 @@ class _StandIn:
 
     # The C++ entry points that would look for bytes behind the tensor.
     def data_ptr(self) -> int:
-        raise StreamedModelError(f"{_name(self)} is streamed and has no fixed bytes to point at; copy it with .clone() first")
+        raise StreamedModelError(
+            f"{_name(self)} is streamed and has no fixed bytes to point at; copy it with .clone() first"
+        )
 
     def untyped_storage(self) -> Any:
-        raise StreamedModelError(f"{_name(self)} is streamed and has no storage of its own; copy it with .clone() first")
+        raise StreamedModelError(
+            f"{_name(self)} is streamed and has no storage of its own; copy it with .clone() first"
+        )
 
     storage = untyped_storage
 
@@ -124,7 +128,11 @@ def tag(tensor: torch.Tensor, slot: Slot) -> None:
 
 
 def new_standin(
-    cls: Callable[..., torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+    cls: Callable[..., torch.Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    requires_grad: bool,
 ) -> torch.Tensor:
     """A stand-in without a slot yet; contiguous strides, no bytes."""
     with torch.inference_mode(False):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from narrowboat.cli.output import console, error_console, print_json
 from narrowboat.machine.doctor import Diagnosis, diagnose
 from narrowboat.machine.openmp_measure import OpenMPMeasurement
 from narrowboat.machine.storage import StorageProbe
@@ -81,15 +80,15 @@ def doctor(
     Measures the storage under FOLDER and the OpenMP wait policy that serves this machine best, which later
     commands then use.
     """
-    with Console(stderr=True).status("looking at this machine") as spinner:
+    with error_console().status("looking at this machine") as spinner:
         diagnosis = diagnose(
             folder, quick=quick, measure_openmp=not quick, progress=lambda what: spinner.update(f"{escape(what)} ...")
         )
     if json:
-        typer.echo(json_module.dumps(diagnosis.to_json(), indent=2))
+        print_json(diagnosis.to_json())
         return
-    console = Console()
-    console.print(_findings_table(diagnosis))
-    console.print(_storage_table(diagnosis.storage))
+    screen = console()
+    screen.print(_findings_table(diagnosis))
+    screen.print(_storage_table(diagnosis.storage))
     if diagnosis.openmp_measurement is not None:
-        console.print(_openmp_table(diagnosis.openmp_measurement))
+        screen.print(_openmp_table(diagnosis.openmp_measurement))

@@ -233,7 +233,12 @@ def openmp_finding(status: OpenMPStatus, choice: OpenMPChoice | None) -> Finding
     }.get(status.policy, f"threads spin {status.policy} rounds at barriers, then sleep")
     variables = choice.environment() if choice else {"GOMP_SPINCOUNT": str(DEFAULT_SPINCOUNT)}
     settings = " ".join(f"{name}={value}" for name, value in variables.items())
-    told = "measured on this machine" if choice else "not measured here yet"
+    if choice is None:
+        told = "not measured here yet"
+    elif choice.policy == status.policy:
+        told = "measured to be the best here"
+    else:
+        told = "another was measured to be better; the next command uses it"
     return Finding(
         "OpenMP",
         "ok",

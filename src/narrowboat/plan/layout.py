@@ -74,7 +74,9 @@ def _first_fit(taken: list[tuple[int, int]], start: int, nbytes: int, window: in
 
 def overlaps(blocks: Sequence[Block], offsets: Sequence[int]) -> list[list[int]]:
     """For each block, the indices of the blocks whose addresses meet its own."""
-    order = sorted((offset, offset + block.nbytes, i) for i, (block, offset) in enumerate(zip(blocks, offsets, strict=True)))
+    order = sorted(
+        (offset, offset + block.nbytes, i) for i, (block, offset) in enumerate(zip(blocks, offsets, strict=True))
+    )
     meets: list[list[int]] = [[] for _ in blocks]
     active: list[tuple[int, int]] = []
     for low, high, i in order:

@@ -66,7 +66,10 @@ def _follow(workload: Workload, capacity: int, forced: frozenset[int], pace: Seq
         else:
             streamed += block.nbytes
     # What is left of the room goes to the blocks that save the most reading per pass.
-    for i in sorted((i for i in range(len(blocks)) if i not in resident and blocks[i].holds), key=lambda i: (-len(blocks[i].holds), -blocks[i].nbytes, i)):
+    for i in sorted(
+        (i for i in range(len(blocks)) if i not in resident and blocks[i].holds),
+        key=lambda i: (-len(blocks[i].holds), -blocks[i].nbytes, i),
+    ):
         if blocks[i].nbytes <= room:
             resident.add(i)
             room -= blocks[i].nbytes

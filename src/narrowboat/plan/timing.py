@@ -40,7 +40,12 @@ class Timing:
 
 
 def simulate(
-    workload: Workload, machine: Machine, resident: Collection[int], streamed: Sequence[int], offsets: Sequence[int], passes: int = 4
+    workload: Workload,
+    machine: Machine,
+    resident: Collection[int],
+    streamed: Sequence[int],
+    offsets: Sequence[int],
+    passes: int = 4,
 ) -> Timing:
     """Run ``passes`` passes back to back and report the last.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from functools import lru_cache
 
@@ -25,6 +26,21 @@ def compute_rates(threads: int) -> tuple[float, float]:
         c = torch.ones(1 << 20)
         moved = 2.0 * c.nbytes / _quickest(lambda: c + 1.0)
     return flops, moved
+
+
+@lru_cache(maxsize=1)
+def fault_rate() -> float:
+    """Bytes per second at which fresh memory is faulted in and zeroed by the system."""
+    size = 4 << 20
+
+    def touch() -> None:
+        with mmap.mmap(-1, size) as fresh:
+            for at in range(0, size, mmap.PAGESIZE):
+                fresh[at] = 1
+
+    touch()
+    loop = _quickest(lambda: [None for _ in range(0, size, mmap.PAGESIZE)])
+    return size / max(_quickest(touch) - loop, 1e-6)
 
 
 def _quickest(call: object, tries: int = 5) -> float:

@@ -29,7 +29,9 @@ def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def execution_order(factory: Callable[[], nn.Module] | nn.Module, index: WeightsIndex, example: Any = None) -> list[str]:
+def execution_order(
+    factory: Callable[[], nn.Module] | nn.Module, index: WeightsIndex, example: Any = None
+) -> list[str]:
     """Names of the stored tensors in the order in which one pass first uses them.
 
     Args:
@@ -44,7 +46,9 @@ def execution_order(factory: Callable[[], nn.Module] | nn.Module, index: Weights
     if example is None:
         maker = getattr(factory, "example_inputs", None)
         if maker is None:
-            raise UsageError("the execution order needs example inputs: pass example=, or give the factory .example_inputs()")
+            raise UsageError(
+                "the execution order needs example inputs: pass example=, or give the factory .example_inputs()"
+            )
         example = maker()
     args, kwargs = split_example(example)
     module = build_skeleton(factory)

@@ -80,11 +80,15 @@ def build_skeleton(source: Callable[[], nn.Module] | nn.Module) -> nn.Module:
 
 def _refuse_foreign(module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError("a TorchScript module has its weights inside the script; give the eager module it was made from")
+        raise ModelError(
+            "a TorchScript module has its weights inside the script; give the eager module it was made from"
+        )
     for name, child in module.named_modules():
         where = name or "the model itself"
         if "_narrowboat_engine" in child.__dict__:
-            raise StreamedModelError(f"{where} is streamed already; close its session first: nb.session(model).close()")
+            raise StreamedModelError(
+                f"{where} is streamed already; close its session first: nb.session(model).close()"
+            )
         if hasattr(child, "_hf_hook"):
             raise ForeignHooksError(
                 f"{where} carries accelerate's hooks; remove them first: "
@@ -98,7 +102,9 @@ def _refuse_foreign(module: nn.Module) -> None:
             )
         for parameter in child._parameters.values():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ModelError(f"{where} is a lazy module; run it once so that its shapes are known, then save its weights")
+                raise ModelError(
+                    f"{where} is a lazy module; run it once so that its shapes are known, then save its weights"
+                )
 
 
 def tensor_names(module: nn.Module) -> dict[int, tuple[torch.Tensor, list[str], bool]]:
@@ -142,7 +148,9 @@ def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True
         if tuple(tensor.shape) != entry.shape:
             problems["shape"].append(f"{names[0]}: the model has {list(tensor.shape)}, the file {list(entry.shape)}")
         elif tensor.dtype != entry.dtype:
-            problems["dtype"].append(f"{names[0]}: the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}")
+            problems["dtype"].append(
+                f"{names[0]}: the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}"
+            )
     if strict:
         problems["unexpected"] = [name for name in index.names() if name not in used]
     if any(problems.values()):

@@ -42,8 +42,9 @@ class UseTrace:
         holds: ``(weight, first step, last step)`` where a view outlives the step it was made in.
         flops: floating-point operations of each step (0 where unknown).
         traffic: bytes read and written by the operators of each step.
-        activation_bytes: most bytes of intermediate tensors alive at once, inputs included.
-        workspace_bytes: estimate of the largest kernel workspace.
+        activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
+        taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
+            what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
     """
@@ -54,7 +55,7 @@ class UseTrace:
     flops: list[float] = field(default_factory=list)
     traffic: list[float] = field(default_factory=list)
     activation_bytes: int = 0
-    workspace_bytes: int = 0
+    taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
 
@@ -89,6 +90,7 @@ class _Recorder(TorchDispatchMode):
         self.mode = mode
         self.alive = 0
         self.peak = 0
+        self.taken = [0, 0]
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._made_in: dict[int, int] = {}  # id of a view of a weight -> step it was made in
         self._views: list[torch.Tensor] = []
@@ -144,12 +146,29 @@ class _Recorder(TorchDispatchMode):
         self._known[storage] = nbytes
         self.alive += nbytes
         self.peak = max(self.peak, self.alive)
+        self._take(nbytes)
         weakref.finalize(storage, self._freed, nbytes)
+
+    def _take(self, nbytes: int) -> None:
+        if nbytes >= 64 << 10:
+            self.taken[0] += nbytes
+        if nbytes >= 1 << 20:
+            self.taken[1] += nbytes
 
     def _freed(self, nbytes: int) -> None:
         self.alive -= nbytes
 
-    def _cost(self, func: Any, args: Any, kwargs: Any, inputs: list[Any], outputs: list[Any], out: Any, step: int, weighty: bool) -> None:
+    def _cost(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        inputs: list[Any],
+        outputs: list[Any],
+        out: Any,
+        step: int,
+        weighty: bool,
+    ) -> None:
         from torch.utils.flop_counter import flop_registry
 
         formula = flop_registry.get(func._overloadpacket)
@@ -160,7 +179,9 @@ class _Recorder(TorchDispatchMode):
             self.trace.traffic[step] += moved
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self.trace.workspace_bytes = max(self.trace.workspace_bytes, moved)
+            self.peak = max(self.peak, self.alive + moved)
+            for tensor in (*inputs, *outputs):
+                self._take(_nbytes(tensor))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -177,7 +198,9 @@ def _is_written(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> bool
     return False
 
 
-def trace_uses(module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> UseTrace:
+def trace_uses(
+    module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> UseTrace:
     """Run ``module`` once with fake tensors and record what it uses.
 
     Args:
@@ -191,6 +214,7 @@ def trace_uses(module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, .
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     trace = UseTrace()
+    caches = _function_caches(module)
     by_storage: dict[int, int] = {}
     recorder = _Recorder(trace, by_storage, mode)
     memo: dict[int, Any] = {}
@@ -221,8 +245,9 @@ def trace_uses(module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, .
     except Exception as error:
         raise TraceFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
-        _clear_caches(module)
+        _forget_fakes(caches)
     trace.activation_bytes = recorder.peak
+    trace.taken = (recorder.taken[0], recorder.taken[1])
     return trace
 
 
@@ -253,19 +278,28 @@ def _cut(double: nn.Module, numbers: dict[int, int], trace: UseTrace) -> None:
         child.forward = functools.wraps(forward)(wrapped)
 
 
-def _clear_caches(module: nn.Module) -> None:
-    """Empty the ``lru_cache``s that the model's code could have filled with fake tensors."""
+def _function_caches(module: nn.Module) -> dict[Any, int]:
+    """The ``lru_cache``s that the model's code can reach, with how many entries they hold."""
+    found: dict[Any, int] = {}
     seen: set[int] = set()
     for child in module.modules():
         for cls in type(child).__mro__:
             owner = sys.modules.get(cls.__module__)
-            if owner is None or id(owner) in seen or cls.__module__.startswith(("torch.", "builtins")):
+            if owner is None or id(owner) in seen or cls.__module__.startswith(("torch.", "builtins", "narrowboat.")):
                 continue
             seen.add(id(owner))
-            for scope in (vars(owner), *(vars(c) for c in vars(owner).values() if isinstance(c, type))):
+            for scope in (vars(owner), *(vars(c) for c in list(vars(owner).values()) if isinstance(c, type))):
                 for value in list(scope.values()):
                     if isinstance(value, functools._lru_cache_wrapper):
-                        value.cache_clear()
+                        found[value] = value.cache_info().currsize
+    return found
+
+
+def _forget_fakes(caches: dict[Any, int]) -> None:
+    """Empty the caches that grew during the trace: they could hold fake tensors."""
+    for cached, before in caches.items():
+        if cached.cache_info().currsize > before:
+            cached.cache_clear()
 
 
 def weight_numbers(module: nn.Module, weights: list[Weight], resolve: Any) -> dict[int, int]:

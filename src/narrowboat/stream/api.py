@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental.symbolic_shapes  # the tracer's libraries: part of the baseline, not of the budget
 from torch import nn
 
 from narrowboat.checkpoint import pack
 from narrowboat.errors import StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
-from narrowboat.plan.make import make_plan
 from narrowboat.plan.model import Machine
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
+from narrowboat.profile.warmup import warm_up
 from narrowboat.quantities import parse_bytes
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
@@ -76,19 +75,22 @@ def stream(
         maker = getattr(model, "example_inputs", None)
         example = maker() if callable(maker) else None
     pair = split_example(example) if example is not None else None
+    warm_up()
     baseline = process_memory().rss
     if weights is None:
         if not isinstance(model, nn.Module):
             raise UsageError("weights= is missing: give the weights file (a materialised module may come without)")
         if not is_materialised(model):
-            raise UsageError("weights= is missing, and the module is on meta: there is nothing to take its weights from")
+            raise UsageError(
+                "weights= is missing, and the module is on meta: there is nothing to take its weights from"
+            )
     cleanup = None
     if weights is None:
         weights, cleanup = _offload(build_skeleton(model), offload_folder)
     try:
         prepared = prepare(model, weights, pair, strict=strict)
         # Everything that can be refused is refused before the module is touched.
-        make_plan(prepared.workload()[0], Machine(bandwidth=1e9), nbytes)
+        prepared.choose(Machine(bandwidth=1e9), nbytes)
         made = Session(prepared, budget=nbytes, io=io, lock_memory=lock_memory, baseline=baseline, cleanup=cleanup)
     except BaseException:
         if cleanup is not None:

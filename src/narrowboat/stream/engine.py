@@ -106,7 +106,12 @@ class Engine:
         for step, event in enumerate(self._events):
             self._where.setdefault(event, []).append(step)
         self._holds: list[Hold] = sorted(
-            ((first, last, blocks[i]) for i, b in enumerate(plan.blocks) for first, last in b.holds if trace is not None),
+            (
+                (first, last, blocks[i])
+                for i, b in enumerate(plan.blocks)
+                for first, last in b.holds
+                if trace is not None
+            ),
             key=lambda hold: (hold[0], hold[1], hold[2].index),
         )
         self._arrange(self._holds)
@@ -189,7 +194,9 @@ class Engine:
         if self._head % (len(self._order) or 1):
             self._rewind(0)
         now = time.perf_counter()
-        self.record = PassRecord(started=now, steps=len(self._events), read_before=self._reader.bytes_read, busy_before=self._reader.busy())
+        self.record = PassRecord(
+            started=now, steps=len(self._events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
+        )
         self._resumed = now
         self._computing = ("", now)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,12 @@ from torch import nn
 
 from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
-from narrowboat.plan.model import Workload
+from narrowboat.errors import BudgetError
+from narrowboat.machine.malloc import MallocPolicy, allocator_name
+from narrowboat.plan.make import Plan, make_plan, minimum_budget
+from narrowboat.plan.model import Machine, Workload
 from narrowboat.profile.measure import estimate_steps
+from narrowboat.profile.memory import activation_parts, fault_seconds
 from narrowboat.profile.skeleton import build_skeleton, fixed_buffer_bytes, match_weights
 from narrowboat.profile.use_trace import ENTER, TraceFailed, UseTrace, trace_uses, weight_numbers
 from narrowboat.profile.workload import Group, form_groups
@@ -34,7 +38,10 @@ class Prepared:
         trace: what one pass uses; None if it could not be run on fake tensors or there was no example.
         fixed_parts: bytes the budget pays besides weights, by name.
         owned: for each module number, the weights registered on that module itself.
-        step_seconds: computing time by step, estimated at first, measured later.
+        step_seconds: computing time by step; an estimate until ``measured``.
+        policy: how the allocator treats freed activations.
+        overrun: bytes by which a pass was seen to pass the reserve.
+        why_untraced: why ``trace`` is None.
     """
 
     module: nn.Module
@@ -45,13 +52,56 @@ class Prepared:
     owned: dict[int, list[int]]
     step_seconds: tuple[float, ...] = ()
     why_untraced: str = ""
+    policy: MallocPolicy = MallocPolicy.DEFAULT
+    measured: bool = False
+    overrun: int = 0
 
     def workload(self) -> tuple[Workload, list[Group]]:
-        """What the planner is given, and the weights each of its blocks stands for."""
+        """What the planner is given under the policy in force, and the weights each of its blocks stands for."""
+        return self._workload(self.policy)
+
+    def choose(self, machine: Machine, budget: int) -> tuple[Plan, list[Group]]:
+        """Make the plan, and with it choose the allocator policy that gives the shortest predicted pass.
+
+        Raises:
+            BudgetError: no policy leaves enough; carries the minimum of the one that needs least.
+        """
+        best: tuple[Plan, list[Group]] | None = None
+        refused: BudgetError | None = None
+        for policy in MallocPolicy if self.trace is not None and allocator_name() == "glibc" else (self.policy,):
+            workload, groups = self._workload(policy)
+            try:
+                plan = make_plan(workload, machine, budget)
+            except BudgetError as error:
+                refused = error if refused is None or error.minimum < refused.minimum else refused
+                continue
+            # Two percent: an allocator that gives memory back has to be worth it.
+            if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
+                best, self.policy = (plan, groups), policy
+        if best is None:
+            assert refused is not None
+            raise refused
+        least = min(minimum_budget(self._workload(policy)[0]) for policy in MallocPolicy)
+        return replace(best[0], minimum=min(least[0], best[0].minimum), limiter=least[1]), best[1]
+
+    def remake(self, machine: Machine, budget: int, before: Plan) -> tuple[Plan, list[Group]]:
+        """Plan anew under the policy in force, from what has been measured since."""
+        workload, groups = self._workload(self.policy)
+        plan = make_plan(workload, machine, budget)
+        return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
+
+    def _workload(self, policy: MallocPolicy) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
         groups = form_groups(trace, self.weights, packed=self.index.packed)
         seconds = self.step_seconds or tuple(1e-3 for _ in trace.uses)
-        parts = tuple(self.fixed_parts.items())
+        reserved = dict(self.fixed_parts)
+        if self.trace is not None and self.trace.activation_bytes:
+            reserved.update(activation_parts(trace, policy))
+            reserved["allocator"] += self.overrun
+            if not self.measured:
+                slower = 1 + fault_seconds(trace, policy) / max(sum(seconds), 1e-9)
+                seconds = tuple(s * slower for s in seconds)
+        parts = tuple(reserved.items())
         return Workload(tuple(g.block for g in groups), seconds, sum(nbytes for _, nbytes in parts), parts), groups
 
 
@@ -82,9 +132,6 @@ def prepare(
         except TraceFailed as error:
             why = str(error)
     parts = {"buffers": fixed_buffer_bytes(module)}
-    if trace is not None:
-        parts["activations"] = trace.activation_bytes
-        parts["workspace"] = trace.workspace_bytes
     if not index.packed:
         parts["staging"] = WORKERS * (CHUNK + 2 * _PAGE)
     parts["bookkeeping"] = _PER_WEIGHT * len(matched)

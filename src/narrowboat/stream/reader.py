@@ -98,7 +98,9 @@ class WeightsFile:
         else:
             self.fd = fd
         self.direct, self.refusal = False, reason
-        log.warning("%s: direct I/O refused (%s); reading through the page cache, dropped behind each read", self.path, reason)
+        log.warning(
+            "%s: direct I/O refused (%s); reading through the page cache, dropped behind each read", self.path, reason
+        )
 
     def check_open_file(self) -> None:
         """The open file has not been altered. Raises WeightsChangedError."""
@@ -222,7 +224,9 @@ class Reader:
 
     def _start(self) -> None:
         for worker in range(self._workers):
-            thread = threading.Thread(target=self._work, args=(worker,), name=f"narrowboat-reader-{worker}", daemon=True)
+            thread = threading.Thread(
+                target=self._work, args=(worker,), name=f"narrowboat-reader-{worker}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -247,7 +251,9 @@ class Reader:
                     file = self._files[piece.file]
                     aligned = piece.offset % PAGE == 0 and piece.target % PAGE == 0 and piece.nbytes % PAGE == 0
                     if aligned or not file.direct:
-                        self._read_into(file, piece.offset, job.slab.bytes_at(piece.target, piece.nbytes), piece.nbytes)
+                        self._read_into(
+                            file, piece.offset, job.slab.bytes_at(piece.target, piece.nbytes), piece.nbytes
+                        )
                         if not file.direct:
                             os.posix_fadvise(file.fd, piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
                     else:
@@ -258,7 +264,9 @@ class Reader:
                 error = caught
             except OSError as caught:
                 path = self._files[piece.file].path
-                error = StorageError(f"reading {path} at byte {piece.offset} failed: {caught.strerror}; check the storage, then call again")
+                error = StorageError(
+                    f"reading {path} at byte {piece.offset} failed: {caught.strerror}; check the storage, then call again"
+                )
             except BaseException as caught:  # a reader that dies silently would leave the model waiting for ever
                 error = StorageError(f"reading {job.name} failed: {type(caught).__name__}: {caught}")
             end = time.perf_counter()

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
-from narrowboat.errors import GradientError, NarrowboatError, UsageError
+from narrowboat.errors import BudgetError, GradientError, NarrowboatError, UsageError
+from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.openmp import openmp_status
-from narrowboat.plan.make import Plan, make_plan, retime
+from narrowboat.plan.make import Plan, retime
 from narrowboat.plan.model import Machine
 from narrowboat.profile.skeleton import attach_slots
 from narrowboat.profile.use_trace import UseTrace
@@ -79,13 +81,15 @@ class Session:
         if io == "direct" and not all(file.direct for file in self._files):
             reason = next(file.refusal for file in self._files if not file.direct)
             self._close_files()
-            raise UsageError(f"io='direct' was asked for, but {self._files[0].path} refuses direct I/O ({reason}); use io='auto'")
+            raise UsageError(
+                f"io='direct' was asked for, but {self._files[0].path} refuses direct I/O ({reason}); use io='auto'"
+            )
         self._file_number = {str(file.path): i for i, file in enumerate(self._files)}
         self.reader = Reader(self._files, chunk=CHUNK, workers=WORKERS, trace=self._timeline)
         try:
             self._machine = Machine(bandwidth=self._probe_bandwidth())
-            workload, groups = prepared.workload()
-            plan = make_plan(workload, self._machine, budget)
+            plan, groups = prepared.choose(self._machine, budget)
+            set_malloc_policy(prepared.policy)
             attach_slots(prepared.module, prepared.weights, index)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
             self.engine.on_begin = self._before_pass
@@ -156,6 +160,7 @@ class Session:
         bandwidth_bytes_per_s    B/s     storage as measured, processor busy
         misses                   count   operators that met a weight that was out
         jumps                    count   module calls out of the traced order
+        allocator_policy         text    how malloc treats freed activations (``machine.malloc``)
         memory_locked            bool    the arena cannot be swapped out
         openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
         openmp_risky             bool    a busy neighbour can make a pass many times slower
@@ -177,7 +182,8 @@ class Session:
             "predicted_latency_ms": plan.predicted_latency * 1e3,
             "predicted_stall_ms": plan.timing.stall * 1e3,
             "block_stall_ms": {
-                plan.blocks[i].name: seconds * 1e3 for i, seconds in (records[-1].stall_by_block if records else {}).items()
+                plan.blocks[i].name: seconds * 1e3
+                for i, seconds in (records[-1].stall_by_block if records else {}).items()
             },
             "budget_bytes": self._budget,
             "min_budget_bytes": plan.minimum,
@@ -195,6 +201,7 @@ class Session:
             "bandwidth_bytes_per_s": self._machine.bandwidth,
             "misses": self.engine.misses,
             "jumps": self.engine.jumps,
+            "allocator_policy": self._prepared.policy.value,
             "memory_locked": self._slab.locked if self._slab is not None else False,
             "openmp_policy": status.policy,
             "openmp_risky": status.risky,
@@ -352,9 +359,8 @@ class Session:
         self._prepared.trace = observed
         share = record.compute / max(len(observed.events), 1)
         self._prepared.step_seconds = tuple(share for _ in observed.events)
-        workload, groups = self._prepared.workload()
         try:
-            plan = make_plan(workload, self._machine, self._budget)
+            plan, groups = self._prepared.choose(self._machine, self._budget)
         except NarrowboatError as error:
             # It ran, by loading on demand; without a plan it goes on doing so.
             log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
@@ -363,17 +369,32 @@ class Session:
         self._replace(plan, groups)
 
     def _settle(self, record: PassRecord) -> None:
-        """Plan again from measured times; move only if it is worth reading the resident set again."""
-        self._prepared.step_seconds = tuple(record.step_seconds)
+        """Plan again from measured times and memory; move only if it is worth reading the resident set again."""
+        prepared = self._prepared
+        prepared.step_seconds, prepared.measured = tuple(record.step_seconds), True
         if record.read_busy > 0.005 and record.bytes_read:
             self._machine = Machine(bandwidth=record.bytes_read / record.read_busy)
-        workload, groups = self._prepared.workload()
-        current = retime(self.plan, workload, self._machine)
-        self.plan = current
-        if not current.streamed or any(s.other is not None and s.written for w in self._weights for s in w.slots):
+        workload, groups = prepared.workload()
+        self.plan = replace(
+            retime(self.plan, workload, self._machine), minimum=self.plan.minimum, limiter=self.plan.limiter
+        )
+        if any(s.other is not None and s.written for w in self._weights for s in w.slots):
             return
-        better = make_plan(workload, self._machine, self._budget)
-        if better.predicted_latency < current.predicted_latency * (1 - _WORTH_MOVING):
+        over = self.peak_bytes - self._budget
+        if over > 0:
+            prepared.overrun += over
+            log.warning(
+                "a pass took %s more than the budget; the plan gives that much back from the weights",
+                format_bytes(over),
+            )
+        elif not self.plan.streamed:
+            return
+        try:
+            better, groups = prepared.remake(self._machine, self._budget, self.plan)
+        except BudgetError as error:
+            log.warning("%s", error)
+            return
+        if over > 0 or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
             self._replace(better, groups)
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:

@@ -60,12 +60,11 @@ def parse_bytes(value: int | float | str, *, what: str = "budget") -> int:
 def format_bytes(count: float) -> str:
     """``count`` bytes in binary units with three significant digits, e.g. ``'243 MiB'``."""
     sign, size = ("-", -count) if count < 0 else ("", count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1023.5:
             break
-        size /= 1024
-    else:
-        unit = "TiB"
+        size, unit = size / 1024, larger
     digits = 0 if unit == "B" or size >= 99.95 else (1 if size >= 9.995 else 2)
     return f"{sign}{size:.{digits}f} {unit}"
 

@@ -8,6 +8,7 @@ about a microsecond (``torch._C._swap_tensor_impl``, which ``torch.utils.swap_te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _swap_impl = torch._C._swap_tensor_impl
 _storage_uses = torch._C._storage_Use_Count
+_tensor_uses: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
 class WeightOwner(Protocol):
@@ -117,7 +119,8 @@ class Slot:
         """Whether anybody but this slot refers to the view's bytes, or has written to them."""
         view = self.view
         # The storage is referred to by the view's own tensor and by ``_storage``.
-        return _storage_uses(self._storage._cdata) > 2 or view._use_count() > 1 or view._version != self._version
+        aliased = _storage_uses(self._storage._cdata) > 2 or _tensor_uses(view) > 1
+        return aliased or view._version != self._version
 
     @property
     def written(self) -> bool:
@@ -143,6 +146,7 @@ class Slot:
 
 
 def _exchange(tensor: torch.Tensor, other: torch.Tensor | None, tensor_class: Any, other_class: Any) -> None:
+    assert other is not None
     _swap_impl(tensor, other)
     tensor.__class__ = tensor_class
-    other.__class__ = other_class  # type: ignore[union-attr]
+    other.__class__ = other_class

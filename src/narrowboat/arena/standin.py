@@ -11,7 +11,6 @@ It intercepts at the dispatcher (``__torch_dispatch__``) and not at the Python f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,11 +103,11 @@ class _StandIn:
         return self.clone().detach().__reduce_ex__(protocol)  # type: ignore[attr-defined]
 
 
-class StandInTensor(_StandIn, torch.Tensor):
+class StandInTensor(_StandIn, torch.Tensor):  # type: ignore[misc]
     """A buffer, or a detached alias, that is out."""
 
 
-class StandInParameter(_StandIn, nn.Parameter):
+class StandInParameter(_StandIn, nn.Parameter):  # type: ignore[misc]
     """A parameter that is out."""
 
 
@@ -128,7 +127,7 @@ def tag(tensor: torch.Tensor, slot: Slot) -> None:
 
 
 def new_standin(
-    cls: Callable[..., torch.Tensor],
+    cls: type[torch.Tensor],
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 
 from narrowboat.machine.cgroup_tree import ROOT, read_text
@@ -61,6 +62,7 @@ _SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
 _changed = False
 
 
+@lru_cache(maxsize=8)
 def allocator_name(root: Path = ROOT) -> str:
     """``"glibc"``, the name of the library preloaded in its place, or ``"other"`` (musl, macOS)."""
     maps = read_text(root / "proc/self/maps") or ""

@@ -152,7 +152,9 @@ def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True
                 f"{names[0]}: the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}"
             )
     if strict:
-        problems["unexpected"] = [name for name in index.names() if name not in used]
+        # Masks and position numbers that older versions of a model saved and newer ones compute.
+        computed = {n for n, _ in module.named_buffers()} - {n for _, ns, _ in tensor_names(module).values() for n in ns}
+        problems["unexpected"] = [name for name in index.names() if name not in used and name not in computed]
     if any(problems.values()):
         raise WeightsMismatchError(_describe(problems, index))
     for tensor, names, _ in tensor_names(module).values():

@@ -17,7 +17,6 @@ from narrowboat.checkpoint import pack
 from narrowboat.errors import StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
-from narrowboat.plan.model import Machine
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
 from narrowboat.profile.warmup import warm_up
@@ -51,7 +50,8 @@ def stream(
         budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
             ``"300MB"`` or ``"300MiB"``.
         example: inputs of one pass, a tuple of positional or a dict of keyword arguments; only shapes are used. If
-            left out, the factory's ``example_inputs()`` is used where there is one, else the first real call is the trace.
+            left out, the factory's ``example_inputs()`` is used where there is one, else the first real call is
+            the trace.
         device: ``"cpu"``.
         strict: refuse a weights file with tensors the model does not have.
         io: ``"direct"`` (refuse if it cannot be had), ``"buffered"``, or ``"auto"``.
@@ -90,7 +90,7 @@ def stream(
     try:
         prepared = prepare(model, weights, pair, strict=strict)
         # Everything that can be refused is refused before the module is touched.
-        prepared.choose(Machine(bandwidth=1e9), nbytes)
+        prepared.check(nbytes)
         made = Session(prepared, budget=nbytes, io=io, lock_memory=lock_memory, baseline=baseline, cleanup=cleanup)
     except BaseException:
         if cleanup is not None:

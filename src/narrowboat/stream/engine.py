@@ -353,8 +353,8 @@ class Engine:
     def _give_private(self, block: BlockState) -> None:
         if block.nbytes > self._room_off_plan + self._slack():
             raise BudgetError(
-                f"{block.name} ({format_bytes(block.nbytes)}) is used outside the traced order while its place in memory "
-                "is in use, and the budget has no room beside the plan: raise the budget by that much, or pass example "
+                f"{block.name} ({format_bytes(block.nbytes)}) is used outside the traced order while its place in "
+                "memory is in use, and the budget has no room beside the plan: raise the budget by that much, or pass example "
                 "inputs that take this path",
                 minimum=self._ledger.total + block.nbytes,
                 limiter=block.name,

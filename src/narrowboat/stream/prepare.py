@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import BudgetError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
-from narrowboat.plan.make import Plan, make_plan, minimum_budget
+from narrowboat.plan.make import Plan, check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.memory import activation_parts, fault_seconds
@@ -55,6 +56,7 @@ class Prepared:
     policy: MallocPolicy = MallocPolicy.DEFAULT
     measured: bool = False
     overrun: int = 0
+    _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     def workload(self) -> tuple[Workload, list[Group]]:
         """What the planner is given under the policy in force, and the weights each of its blocks stands for."""
@@ -66,23 +68,32 @@ class Prepared:
         Raises:
             BudgetError: no policy leaves enough; carries the minimum of the one that needs least.
         """
+        least, limiter = self.check(budget)
         best: tuple[Plan, list[Group]] | None = None
-        refused: BudgetError | None = None
-        for policy in MallocPolicy if self.trace is not None and allocator_name() == "glibc" else (self.policy,):
+        for policy in self._policies:
             workload, groups = self._workload(policy)
-            try:
-                plan = make_plan(workload, machine, budget)
-            except BudgetError as error:
-                refused = error if refused is None or error.minimum < refused.minimum else refused
-                continue
             # Two percent: an allocator that gives memory back has to be worth it.
-            if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
-                best, self.policy = (plan, groups), policy
-        if best is None:
-            assert refused is not None
-            raise refused
-        least = min(minimum_budget(self._workload(policy)[0]) for policy in MallocPolicy)
-        return replace(best[0], minimum=min(least[0], best[0].minimum), limiter=least[1]), best[1]
+            if best is not None and sum(workload.step_seconds) > best[0].predicted_latency * 0.98:
+                continue
+            with contextlib.suppress(BudgetError):
+                plan = make_plan(workload, machine, budget)
+                if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
+                    best, self.policy = (plan, groups), policy
+        assert best is not None  # check() found one that fits
+        return replace(best[0], minimum=least, limiter=limiter), best[1]
+
+    def check(self, budget: int) -> tuple[int, str]:
+        """The smallest budget under any allocator policy, and the layer that sets it.
+
+        Raises:
+            BudgetError: ``budget`` is below it.
+        """
+        workloads = [self._workload(policy)[0] for policy in self._policies]
+        return check_budget(min(workloads, key=lambda w: minimum_budget(w)[0]), budget)
+
+    @property
+    def _policies(self) -> tuple[MallocPolicy, ...]:
+        return tuple(MallocPolicy) if self.trace is not None and allocator_name() == "glibc" else (self.policy,)
 
     def remake(self, machine: Machine, budget: int, before: Plan) -> tuple[Plan, list[Group]]:
         """Plan anew under the policy in force, from what has been measured since."""
@@ -92,7 +103,9 @@ class Prepared:
 
     def _workload(self, policy: MallocPolicy) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
-        groups = form_groups(trace, self.weights, packed=self.index.packed)
+        if self._groups is None or self._groups[0] is not self.trace:
+            self._groups = (self.trace, form_groups(trace, self.weights, packed=self.index.packed))
+        groups = self._groups[1]
         seconds = self.step_seconds or tuple(1e-3 for _ in trace.uses)
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:

@@ -265,7 +265,8 @@ class Reader:
             except OSError as caught:
                 path = self._files[piece.file].path
                 error = StorageError(
-                    f"reading {path} at byte {piece.offset} failed: {caught.strerror}; check the storage, then call again"
+                    f"reading {path} at byte {piece.offset} failed: {caught.strerror}; "
+                    "check the storage, then call again"
                 )
             except BaseException as caught:  # a reader that dies silently would leave the model waiting for ever
                 error = StorageError(f"reading {job.name} failed: {type(caught).__name__}: {caught}")

@@ -82,8 +82,8 @@ def _guard(module: nn.Module, name: str) -> None:
 
     def refuse_pickle(protocol: Any) -> Any:
         raise StreamedModelError(
-            f"{where} is streamed and cannot be pickled whole; save its weights with torch.save(model.state_dict(), ...) "
-            "or copy the weights file"
+            f"{where} is streamed and cannot be pickled whole; save its weights with "
+            "torch.save(model.state_dict(), ...) or copy the weights file"
         )
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -91,9 +91,10 @@ def _guard(module: nn.Module, name: str) -> None:
             probe = torch.empty(0, dtype=tensor.dtype)
             moved = fn(probe)
             if moved.dtype != probe.dtype or moved.device != probe.device:
+                before, after = (str(t.dtype).removeprefix("torch.") for t in (probe, moved))
                 raise StreamedModelError(
-                    f"{where} is streamed in {str(probe.dtype).removeprefix('torch.')} on cpu and cannot be moved to "
-                    f"{str(moved.dtype).removeprefix('torch.')} on {moved.device}: convert the weights file, or close the session first"
+                    f"{where} is streamed in {before} on cpu and cannot be moved to {after} on {moved.device}: "
+                    "convert the weights file, or close the session first"
                 )
             if moved.is_shared():
                 raise StreamedModelError(f"{where} is streamed and cannot move to shared memory")

@@ -80,7 +80,7 @@ class Slab:
                 count *= size
             if count == 0:
                 return torch.empty(shape, dtype=dtype)
-            # .data: no record of the flat tensor it is a view of, which would count as somebody keeping a view.
+            # .data: without a record of the flat tensor it is a view of, which would count as a view kept.
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape).data
 
     def close(self) -> None:

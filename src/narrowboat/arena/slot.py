@@ -91,6 +91,10 @@ class Slot:
         self._version = view._version
         self.other = view
 
+    def unbind(self) -> None:
+        """Let go of the view; the weight has to be out."""
+        self.other = self._storage = None
+
     @property
     def view(self) -> torch.Tensor:
         """The real tensor over the arena, whether in or out. Only while its bytes are held in."""

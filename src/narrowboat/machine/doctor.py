@@ -26,6 +26,7 @@ from narrowboat.machine.openmp import (
 from narrowboat.machine.openmp_measure import OpenMPMeasurement, measure_openmp_policies
 from narrowboat.machine.realtime import MemoryLocking, RealtimePriority, memory_locking, realtime_priority
 from narrowboat.machine.storage import StorageProbe, probe_storage
+from narrowboat.machine.storage_choice import save_storage_choice
 from narrowboat.quantities import format_bytes
 
 State = Literal["ok", "warn", "absent"]
@@ -290,6 +291,11 @@ def diagnose(
     )
     measurement, choice = None, load_choice()
     unsaved = ""
+    if remember:
+        try:
+            save_storage_choice(folder, storage)
+        except OSError as error:
+            unsaved = f"; it could not be kept for later: {error}"
     if measure_openmp:
         measurement = measure_openmp_policies(progress=lambda what: tell(f"measuring OpenMP: {what}"))
         choice = measurement.choice

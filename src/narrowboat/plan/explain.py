@@ -14,7 +14,8 @@ def explain(plan: Plan) -> str:
     """Several lines: where the budget goes, what a pass reads, how long it takes and what it waits for."""
     timing = plan.timing
     lines = [
-        f"budget        {format_bytes(plan.budget)}  (smallest possible {format_bytes(plan.minimum)}, set by {plan.limiter})",
+        f"budget        {format_bytes(plan.budget)}  "
+        f"(smallest possible {format_bytes(plan.minimum)}, set by {plan.limiter})",
         f"weights       {format_bytes(plan.weight_bytes)} in {len(plan.blocks)} blocks",
         f"  resident    {format_bytes(plan.resident_bytes)} in {len(plan.resident)} blocks",
         f"  window      {format_bytes(plan.window_bytes)} shared by {len(plan.streamed)} streamed blocks",

@@ -2,6 +2,6 @@
 
 from narrowboat.profile.order import execution_order
 from narrowboat.profile.skeleton import build_skeleton, no_storage
-from narrowboat.profile.use_trace import TraceFailed, UseTrace, trace_uses
+from narrowboat.profile.use_trace import TraceError, UseTrace, trace_uses
 
-__all__ = ["TraceFailed", "UseTrace", "build_skeleton", "execution_order", "no_storage", "trace_uses"]
+__all__ = ["TraceError", "UseTrace", "build_skeleton", "execution_order", "no_storage", "trace_uses"]

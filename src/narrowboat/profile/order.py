@@ -10,7 +10,7 @@ from torch import nn
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ModelError, UsageError
 from narrowboat.profile.skeleton import build_skeleton, match_weights
-from narrowboat.profile.use_trace import TraceFailed, trace_uses, weight_numbers
+from narrowboat.profile.use_trace import TraceError, trace_uses
 
 
 def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -24,7 +24,8 @@ def split_example(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     raise UsageError(
-        f"example must be a tuple of positional arguments or a dict of keyword arguments, not {type(example).__name__}; "
+        "example must be a tuple of positional arguments or a dict of keyword arguments, "
+        f"not {type(example).__name__}; "
         "for one tensor write example=(x,)"
     )
 
@@ -52,9 +53,9 @@ def execution_order(
         example = maker()
     args, kwargs = split_example(example)
     module = build_skeleton(factory)
-    weights = match_weights(module, index)
+    matched = match_weights(module, index)
     try:
-        trace = trace_uses(module, weight_numbers(module, weights, index.resolve), args, kwargs)
-    except TraceFailed as error:
+        trace = trace_uses(module, matched.numbers, args, kwargs)
+    except TraceError as error:
         raise ModelError(f"the model cannot be traced without running it: {error}") from error
-    return [weights[w].entry.name for w in trace.execution_order()]
+    return [matched.weights[w].entry.name for w in trace.execution_order()]

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from narrowboat.arena.slot import Slot, Weight
-from narrowboat.checkpoint import TensorEntry, WeightsIndex
+from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ForeignHooksError, ModelError, NarrowboatError, StreamedModelError, WeightsMismatchError
 
 _patch_lock = threading.RLock()
@@ -108,7 +108,8 @@ def _refuse_foreign(module: nn.Module) -> None:
 
 
 def tensor_names(module: nn.Module) -> dict[int, tuple[torch.Tensor, list[str], bool]]:
-    """The weights of a module by identity: ``id -> (tensor, names, is_parameter)``; non-persistent buffers left out."""
+    """The weights of a module by identity: ``id -> (tensor, names, is_parameter)``, without the
+    non-persistent buffers."""
     found: dict[int, tuple[torch.Tensor, list[str], bool]] = {}
     for prefix, child in module.named_modules(remove_duplicate=False):
         dot = prefix + "." if prefix else ""
@@ -121,10 +122,22 @@ def tensor_names(module: nn.Module) -> dict[int, tuple[torch.Tensor, list[str], 
     return found
 
 
-def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True) -> list[Weight]:
-    """Pair every parameter and persistent buffer with its entry in the weights file.
+@dataclass(frozen=True)
+class Matched:
+    """A module's weights paired with their bytes at rest.
 
-    The returned weights carry entries but no slots yet (see ``attach_slots``).
+    Attributes:
+        weights: each piece of bytes once, in the order of the module's names; without slots yet.
+        numbers: ``id(tensor) -> index into weights`` for every parameter and persistent buffer; several may
+            share one.
+    """
+
+    weights: list[Weight]
+    numbers: dict[int, int]
+
+
+def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True) -> Matched:
+    """Pair every parameter and persistent buffer with its entry in the weights file.
 
     Args:
         module: the skeleton.
@@ -136,45 +149,43 @@ def match_weights(module: nn.Module, index: WeightsIndex, *, strict: bool = True
     """
     problems: dict[str, list[str]] = {"missing": [], "shape": [], "dtype": [], "unexpected": []}
     weights: dict[tuple[str, int, tuple[int, ...]], Weight] = {}
+    numbers: dict[int, int] = {}
     used: set[str] = set()
+    named: set[str] = set()
     for tensor, names, _ in tensor_names(module).values():
+        named.update(names)
         stored = [name for name in names if index.resolve(name) is not None]
         used.update(stored)
-        if not stored:
+        entry = index.resolve(stored[-1]) if stored else None  # load_state_dict copies in order: the last name wins
+        if entry is None:
             problems["missing"].append(names[0])
-            continue
-        entry = index.resolve(stored[-1])  # load_state_dict copies in order: the last name wins
-        assert entry is not None
-        if tuple(tensor.shape) != entry.shape:
+        elif tuple(tensor.shape) != entry.shape:
             problems["shape"].append(f"{names[0]}: the model has {list(tensor.shape)}, the file {list(entry.shape)}")
         elif tensor.dtype != entry.dtype:
-            problems["dtype"].append(
-                f"{names[0]}: the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}"
-            )
+            stored_as = f"the model has {_short(tensor.dtype)}, the file {_short(entry.dtype)}"
+            problems["dtype"].append(f"{names[0]}: {stored_as}")
+        else:
+            # Tensors without elements may share an offset with others: they are told apart by name.
+            key = (str(entry.file), entry.offset, entry.shape) if entry.nbytes else (names[0], -1, entry.shape)
+            weight = weights.setdefault(key, Weight(len(weights), names[0], entry))
+            numbers[id(tensor)] = weight.index
     if strict:
         # Masks and position numbers that older versions of a model saved and newer ones compute.
-        computed = {n for n, _ in module.named_buffers()} - {n for _, ns, _ in tensor_names(module).values() for n in ns}
+        computed = {name for name, _ in module.named_buffers()} - named
         problems["unexpected"] = [name for name in index.names() if name not in used and name not in computed]
     if any(problems.values()):
         raise WeightsMismatchError(_describe(problems, index))
-    for tensor, names, _ in tensor_names(module).values():
-        entry = next(e for e in (index.resolve(name) for name in reversed(names)) if e is not None)
-        key = (str(entry.file), entry.offset, entry.shape)
-        if entry.nbytes == 0:
-            key = (names[0], -1, entry.shape)
-        if key not in weights:
-            weights[key] = Weight(len(weights), names[0], entry)
-    return list(weights.values())
+    return Matched(list(weights.values()), numbers)
 
 
-def attach_slots(module: nn.Module, weights: list[Weight], index: WeightsIndex) -> None:
-    """Turn every weight of the module into a stand-in. From here on the module holds no weight bytes."""
-    by_place = {(str(w.entry.file), w.entry.offset, w.entry.shape): w for w in weights if w.entry.nbytes}
-    by_name = {w.name: w for w in weights}
+def attach_slots(module: nn.Module, matched: Matched) -> None:
+    """Turn every weight of the module into a stand-in. From here on the module holds no weight bytes.
+
+    Raises:
+        ModelError: a weight's memory is shared with a tensor that is not a weight.
+    """
     for tensor, names, _ in list(tensor_names(module).values()):
-        entry = next(e for e in (index.resolve(name) for name in reversed(names)) if e is not None)
-        weight = by_place.get((str(entry.file), entry.offset, entry.shape)) if entry.nbytes else by_name[names[0]]
-        assert weight is not None
+        weight = matched.weights[matched.numbers[id(tensor)]]
         try:
             weight.slots.append(Slot(weight, tensor))
         except RuntimeError as error:
@@ -220,18 +231,3 @@ def _describe(problems: dict[str, list[str]], index: WeightsIndex) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def entry_key(entry: TensorEntry) -> tuple[str, int]:
-    """Place of a tensor at rest, for sorting in file order."""
-    return (str(entry.file), entry.offset)
-
-
-def describe_module(module: nn.Module) -> dict[str, Any]:
-    """Counts of a skeleton for reports: modules, parameters, bytes of weights."""
-    unique = [tensor for tensor, _, _ in tensor_names(module).values()]
-    return {
-        "modules": sum(1 for _ in module.modules()),
-        "parameters": sum(t.numel() for t in unique if isinstance(t, nn.Parameter)),
-        "bytes": sum(t.numel() * t.element_size() for t in unique),
-    }

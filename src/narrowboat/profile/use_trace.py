@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from narrowboat.arena.slot import Weight
 from narrowboat.profile.skeleton import tensor_names
 
 ENTER, EXIT = 0, 1
@@ -76,7 +75,7 @@ class UseTrace:
         return list(dict.fromkeys(w for step in self.uses for w in step))
 
 
-class TraceFailed(Exception):
+class TraceError(Exception):
     """Fake execution is not possible for this model; the first real pass is the trace then."""
 
 
@@ -205,11 +204,11 @@ def trace_uses(
 
     Args:
         module: a skeleton with parameters on meta (or real ones; they are not read).
-        numbers_of: ``id(tensor) -> weight number`` of the module's tensors (see ``weight_numbers``).
+        numbers_of: ``id(tensor) -> weight number`` of the module's tensors (``skeleton.Matched.numbers``).
         args, kwargs: example inputs; their values are not read.
 
     Raises:
-        TraceFailed: the model cannot be run on fake tensors (data-dependent control flow, an operator without a
+        TraceError: the model cannot be run on fake tensors (data-dependent control flow, an operator without a
             shape rule, a module that cannot be copied).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -243,7 +242,7 @@ def trace_uses(
                 out = double(*args, **kwargs)
         trace.output_bytes = sum(_nbytes(t) for t in _tensors(out))
     except Exception as error:
-        raise TraceFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
         _forget_fakes(caches)
     trace.activation_bytes = recorder.peak
@@ -300,14 +299,3 @@ def _forget_fakes(caches: dict[Any, int]) -> None:
     for cached, before in caches.items():
         if cached.cache_info().currsize > before:
             cached.cache_clear()
-
-
-def weight_numbers(module: nn.Module, weights: list[Weight], resolve: Any) -> dict[int, int]:
-    """``id(tensor) -> weight number`` for the tensors of an unbound skeleton."""
-    numbers: dict[int, int] = {}
-    by_place = {(str(w.entry.file), w.entry.offset, w.entry.shape): w.index for w in weights if w.entry.nbytes}
-    for tensor, names, _ in tensor_names(module).values():
-        entry = next((e for e in (resolve(name) for name in reversed(names)) if e is not None), None)
-        if entry is not None and entry.nbytes:
-            numbers[id(tensor)] = by_place[(str(entry.file), entry.offset, entry.shape)]
-    return numbers

@@ -17,7 +17,7 @@ from torch import nn
 
 from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
 from narrowboat.profile.measure import compute_rates
-from narrowboat.profile.use_trace import TraceFailed, trace_uses
+from narrowboat.profile.use_trace import TraceError, trace_uses
 
 
 class _Sampler(nn.Module):
@@ -43,7 +43,7 @@ class _Sampler(nn.Module):
 
 @cache
 def warm_up() -> None:
-    """Do it once per process; costs about two seconds. Leaves the allocator policy strict: the session then chooses."""
+    """Do it once per process; costs about two seconds. Leaves the allocator policy strict; the session chooses."""
     # Nothing of this may leave holes in the heap: a pass would fill them again, on top of the baseline.
     set_malloc_policy(MallocPolicy.STRICT)
     sampler = _Sampler().eval()
@@ -54,7 +54,7 @@ def warm_up() -> None:
         F.conv2d(torch.zeros(1, 64, 56, 56), torch.zeros(64, 64, 3, 3), padding=1)
         compute_rates(torch.get_num_threads())
     with contextlib.suppress(
-        TraceFailed
+        TraceError
     ):  # if fake execution fails here it fails for the model too, and says why there
         trace_uses(sampler, {}, example, {})
     gc.collect()

@@ -24,7 +24,7 @@ from narrowboat.quantities import parse_bytes
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_SESSION = "_narrowboat_session"
 _IO = ("auto", "direct", "buffered")
 
 
@@ -96,7 +96,9 @@ def stream(
         if cleanup is not None:
             cleanup()
         raise
-    _sessions[prepared.module] = made
+    # In the module's own dictionary: the two then live and die together, and only the reader needs stopping.
+    prepared.module.__dict__[_SESSION] = made
+    weakref.finalize(prepared.module, made.reader.close, wait=False)
     return prepared.module
 
 
@@ -106,8 +108,8 @@ def session(model: nn.Module) -> Session:
     Raises:
         StreamedModelError: the model was not made by ``nb.stream``.
     """
-    found = _sessions.get(model) if isinstance(model, nn.Module) else None
-    if found is None:
+    found = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None
+    if not isinstance(found, Session):
         raise StreamedModelError("this model is not streamed: make one with nb.stream(model, weights, budget=...)")
     return found
 

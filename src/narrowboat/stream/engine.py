@@ -24,17 +24,16 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
-from narrowboat.errors import BudgetError, SessionClosedError, StreamedModelError
+from narrowboat.errors import SessionClosedError
 from narrowboat.plan.make import Plan
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
-from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState, State
 from narrowboat.stream.passes import PassRecord
+from narrowboat.stream.prefetch import Hold, Prefetcher
 from narrowboat.stream.reader import Reader
+from narrowboat.stream.swap import Swapper, forget_views
 from narrowboat.trace import Event as TimelineEvent
 from narrowboat.trace import Trace
-
-Hold = tuple[int, int, BlockState]  # first step, last step, block
 
 
 class Engine:
@@ -69,19 +68,20 @@ class Engine:
         self.closed = ""
         self._owned = owned
         self._reader = reader
-        self._ledger = ledger
         self._timeline = timeline
         self._depth = 0
         self._failed = False
-        self._slab: Slab | None = None
-        self._room_off_plan = 0
+        self._swapper = Swapper(reader, ledger)
+        self._prefetcher = Prefetcher(self._swapper)
         self.blocks: list[BlockState] = []
         self._block_of: dict[int, BlockState] = {}
         self._events: list[Event] = []
         self._where: dict[Event, list[int]] = {}
         self._pos = -1
         self._pinned: dict[BlockState, int] = {}  # block -> last step of the hold; -1: until the next event
-        self._clear_order()
+        self._uses_of_module: dict[int, list[BlockState]] = {}
+        self._holds: list[Hold] = []
+        self._has_residents = False
         self._resumed = 0.0
         self._computing: tuple[str, float] = ("", 0.0)
         for weight in self.weights:
@@ -94,18 +94,14 @@ class Engine:
 
         Blocks of the plan before have to be out (``let_go``).
         """
-        self._slab = slab
         self.blocks = blocks
         self._block_of = {weight.index: block for block in blocks for weight in block.weights}
-        self._room_off_plan = max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0)
-        for block in blocks:
-            if block.offset is not None:
-                block.bind(slab, block.offset)
+        self._swapper.use(slab, blocks, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
         self._events = trace.events if trace is not None else []
         self._where = {}
         for step, event in enumerate(self._events):
             self._where.setdefault(event, []).append(step)
-        self._holds: list[Hold] = sorted(
+        self._holds = sorted(
             (
                 (first, last, blocks[i])
                 for i, b in enumerate(plan.blocks)
@@ -114,48 +110,30 @@ class Engine:
             ),
             key=lambda hold: (hold[0], hold[1], hold[2].index),
         )
-        self._arrange(self._holds)
-        self._uses_of_module: dict[int, list[BlockState]] = {}
+        self._prefetcher.arrange(self._holds)
+        self._has_residents = any(block.resident for _, _, block in self._holds)
+        self._uses_of_module = {}
         for first, _, block in self._holds:
             number, kind = self._events[first]
             if kind == ENTER:
                 self._uses_of_module.setdefault(number, []).append(block)
-        self._prefetch()
-
-    def _clear_order(self) -> None:
-        self._holds = []
-        self._uses_of_module = {}
-        self._arrange([])
-
-    def _arrange(self, holds: list[Hold]) -> None:
-        """Lay out what begins and ends at each step, and put the prefetcher at the start."""
-        self._order = holds
-        self._firsts = [first for first, _, _ in holds]
-        self._begins: dict[int, list[Hold]] = {}
-        for hold in holds:
-            self._begins.setdefault(hold[0], []).append(hold)
-        self._head = 0  # uses begun, counted over passes
-        self._cursor = 0  # uses provided for
-        self._has_residents = any(block.resident for _, _, block in holds)
+        self._prefetcher.advance()
 
     def let_go(self) -> None:
         """Take every block out and forget the plan; nothing may be running."""
         self._reader.drain()
-        self._rewind(0)
+        self._prefetcher.rewind()
         for block in list(self._pinned):
             self._unpin(block)
         for block in self.blocks:
-            if block.state is State.READING:
-                block.state = State.IN  # drained: its bytes arrived, or failed; either way they go now
-            self._evict(block)
-            if block.offset is not None:
-                for weight in block.weights:
-                    for slot in weight.slots:
-                        slot.other = None
-                        slot._storage = None
+            self._swapper.settle(block)
+            self._swapper.evict(block)
+            forget_views(block)
         self.blocks = []
         self._block_of = {}
-        self._clear_order()
+        self._holds = []
+        self._uses_of_module = {}
+        self._prefetcher.arrange([])
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -191,8 +169,8 @@ class Engine:
             self._failed = True
             raise
         self._pos = -1
-        if self._head % (len(self._order) or 1):
-            self._rewind(0)
+        if not self._prefetcher.at_start:
+            self._prefetcher.rewind()
         now = time.perf_counter()
         self.record = PassRecord(
             started=now, steps=len(self._events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
@@ -208,8 +186,8 @@ class Engine:
         complete = not self._failed and not self.record.jumped and self._pos == len(self._events) - 1
         record = self.record
         record.finish(now, self._reader.bytes_read, self._reader.busy(), complete)
-        if self._order and self._head % len(self._order):
-            self._rewind(0)
+        if not self._prefetcher.at_start:
+            self._prefetcher.rewind()
         if not self._failed:
             self._drop_loaded_residents()
         self.on_end(None if self._failed else record)
@@ -231,15 +209,14 @@ class Engine:
             known = bool(events) and self._jump(event)
             if not known:
                 self._off_trace(event)
-        begins = self._begins.get(self._pos) if known else None
+        begins = self._prefetcher.begins.get(self._pos) if known else None
         if begins:
             for _, last, block in begins:
-                self._consume(block)
+                self._prefetcher.consume(block)
                 self._pin(block, last)
             for _, _, block in begins:
                 self._bring(block)
-        if self._cursor < self._head + len(self._order):
-            self._prefetch()
+        self._prefetcher.advance()
         self._resumed = time.perf_counter()
 
     def _expire(self, step: int) -> None:
@@ -259,12 +236,9 @@ class Engine:
         for block in list(self._pinned):
             self._unpin(block)
         self._pos = target
-        head = bisect_left(self._firsts, target)
-        self._rewind(head)
-        for first, last, block in self._order[:head]:
-            if first < target <= last:  # held over this step, begun before it
-                self._pin(block, last)
-                self._bring(block)
+        for _, last, block in self._prefetcher.jump(target):
+            self._pin(block, last)
+            self._bring(block)
         return True
 
     def _off_trace(self, event: Event) -> None:
@@ -305,177 +279,54 @@ class Engine:
         if self._pinned.pop(block, None) is not None:
             block.pins -= 1
             if block.private is not None and block.pins == 0:
-                self._evict(block)
+                self._swapper.evict(block)
 
     def _bring(self, block: BlockState) -> None:
         """Return with the block's weights in and shown."""
         if block.state is not State.IN:
             if block.state is State.OUT:
                 self._make_place(block)
-                self._submit(block, urgent=True)
+                self._swapper.submit(block, urgent=True)
             before = time.perf_counter()
-            self._finish(block)
+            self._swapper.finish(block)
             after = time.perf_counter()
             self.record.stalled(block.index, after - before)
             self._resumed += after - before  # a wait in the middle of a step is not computing
             self._timeline_compute(block.name, before, after)
         block.show()
 
-    def _finish(self, block: BlockState) -> None:
-        job = block.job
-        assert job is not None
-        try:
-            self._reader.wait(job)
-        except BaseException:
-            if job.done:
-                block.state, block.job = State.OUT, None
-            raise
-        block.state, block.job = State.IN, None
-
     def _make_place(self, block: BlockState) -> None:
         """Free the block's addresses, or give it memory of its own if those in use need them."""
         for other in block.meets:
             if other.state is State.READING:
-                self._finish(other)
+                self._swapper.finish(other)
             if other.state is State.IN and other.pins and self._pinned.get(other) == -1:
                 self._unpin(other)  # brought in by an operator earlier in this step; that operator is done
             if other.state is State.IN and other.pins:
-                self._give_private(block)
+                self._swapper.give_private(block)
                 return
         for other in block.meets:
             if other.state is State.IN:
                 if other.claims:
-                    self._unclaim()
-                self._evict(other)
+                    self._prefetcher.unclaim()
+                self._swapper.evict(other)
         if block.offset is None and block.private is None:
-            self._give_private(block)
-
-    def _give_private(self, block: BlockState) -> None:
-        if block.nbytes > self._room_off_plan + self._slack():
-            raise BudgetError(
-                f"{block.name} ({format_bytes(block.nbytes)}) is used outside the traced order while its place in "
-                "memory is in use, and the budget has no room beside the plan: raise the budget by that much, or pass example "
-                "inputs that take this path",
-                minimum=self._ledger.total + block.nbytes,
-                limiter=block.name,
-            )
-        block.private = Slab(block.nbytes)
-        self._ledger.add("off_plan", block.nbytes)
-        self._rebind(block)
-
-    def _slack(self) -> int:
-        return max(1 << 20, (self._slab.nbytes if self._slab else 0) // 50)
-
-    def _rebind(self, block: BlockState) -> None:
-        slab, base = (block.private, 0) if block.private is not None else (self._slab, block.offset)
-        if slab is not None and base is not None:
-            block.bind(slab, base)
-
-    def _submit(self, block: BlockState, *, urgent: bool = False) -> None:
-        slab = block.private if block.private is not None else self._slab
-        assert slab is not None
-        extents = block.extents
-        if block.private is not None:
-            base = min(e.target for e in extents)
-            extents = [type(e)(e.file, e.offset, e.nbytes, e.target - base) for e in extents]
-        block.job = self._reader.submit(block.name, slab, extents, urgent=urgent)
-        block.state = State.READING
-
-    def _evict(self, block: BlockState) -> None:
-        """Put stand-ins where the block's weights were; bytes that others kept are moved aside first."""
-        if block.state is State.OUT:
-            return
-        block.state, block.job = State.OUT, None
-        written = ""
-        if block.shown:
-            block.shown = False
-            for weight in block.weights:
-                kept = False
-                for slot in weight.slots:
-                    written = written or (weight.name if slot.written else "")
-                    kept = slot.take_out() or kept
-                if kept:
-                    self._rescue(block, weight)
-        if block.private is not None:
-            self._ledger.add("off_plan", -block.nbytes)
-            for weight in block.weights:
-                for slot in weight.slots:
-                    slot.other = slot._storage = None
-            block.private.close()
-            block.private = None
-            self._rebind(block)
-        if written:
-            raise StreamedModelError(
-                f"weight {written!r} was modified in place while streamed; the change is lost, because weights are "
-                "read from their file: call model.eval() if this is a normalisation layer, or train with nb.train_step"
-            )
-
-    def _rescue(self, block: BlockState, weight: Weight) -> None:
-        slab, base = (block.private, 0) if block.private is not None else (self._slab, block.offset)
-        place = block.places[block.weights.index(weight)]
-        for slot in weight.slots:
-            if slot.kept:
-                self._ledger.add("escaped", slot.rescue())
-            if slab is not None and base is not None:
-                slot.bind(slab.tensor(base + place, weight.entry.dtype, weight.entry.shape))
-
-    # -- prefetching -----------------------------------------------------------------------------
-
-    def _consume(self, block: BlockState) -> None:
-        """One use of the traced order begins."""
-        if self._head < self._cursor:
-            block.claims -= 1
-        else:
-            self._cursor += 1
-        self._head += 1
-
-    def _prefetch(self) -> None:
-        """Submit reads for the coming uses, in their order, as far as addresses are free."""
-        order = self._order
-        count = len(order)
-        limit = self._head + count
-        while self._cursor < limit:
-            block = order[self._cursor % count][2]
-            if block.state is State.OUT and block.pins == 0:
-                for other in block.meets:
-                    if other.state is State.READING and other.claims == 0 and other.job is not None and other.job.done:
-                        self._settle(other)
-                    if other.state is not State.OUT and not other.idle:
-                        return
-                for other in block.meets:
-                    self._evict(other)
-                self._submit(block)
-            block.claims += 1
-            self._cursor += 1
-
-    def _settle(self, block: BlockState) -> None:
-        assert block.job is not None
-        block.state = State.OUT if block.job.error is not None else State.IN
-        block.job = None
-
-    def _unclaim(self) -> None:
-        """Take back what the prefetcher has provided for."""
-        count = len(self._order)
-        while self._cursor > self._head:
-            self._cursor -= 1
-            self._order[self._cursor % count][2].claims -= 1
-
-    def _rewind(self, head: int) -> None:
-        self._unclaim()
-        self._head = self._cursor = head
+            self._swapper.give_private(block)
 
     def _drop_loaded_residents(self) -> None:
         """Once a resident block is in, it needs no more attention: walk only over the streamed ones."""
-        for _, _, block in self._order:
-            if block.resident and block.state is State.READING and block.job is not None and block.job.done:
-                self._settle(block)
-        if self._has_residents and all(b.state is State.IN for _, _, b in self._order if b.resident):
-            self._unclaim()
-            for _, _, block in self._order:
-                if block.resident:
-                    block.show()
-            self._arrange([hold for hold in self._holds if not hold[2].resident])
-            self._prefetch()
+        if not self._has_residents:
+            return
+        residents = [block for _, _, block in self._prefetcher.order if block.resident]
+        for block in residents:
+            self._swapper.settle(block)
+        if all(block.state is State.IN for block in residents):
+            self._prefetcher.unclaim()
+            for block in residents:
+                block.show()
+            self._prefetcher.arrange([hold for hold in self._holds if not hold[2].resident])
+            self._has_residents = False
+            self._prefetcher.advance()
 
     # -- operators that meet a stand-in ------------------------------------------------------------
 
@@ -510,11 +361,9 @@ class Engine:
                     block.pins -= 1
                     if inside and block.state is State.IN:
                         # A view made of it may live until the step ends.
-                        self._pin(block, -1 if block not in self._pinned else self._pinned[block])
+                        self._pin(block, self._pinned.get(block, -1))
                     elif block.pins == 0 and block.private is not None:
-                        self._evict(block)
-            if not inside and not blocks:
-                return
+                        self._swapper.evict(block)
 
     def _timeline_compute(self, name: str, now: float, resume: float | None = None) -> None:
         current, since = self._computing

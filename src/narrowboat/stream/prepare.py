@@ -14,16 +14,15 @@ from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import BudgetError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
+from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
 from narrowboat.plan.make import Plan, check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.memory import activation_parts, fault_seconds
-from narrowboat.profile.skeleton import build_skeleton, fixed_buffer_bytes, match_weights
-from narrowboat.profile.use_trace import ENTER, TraceFailed, UseTrace, trace_uses, weight_numbers
+from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
+from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
 from narrowboat.profile.workload import Group, form_groups
 
-CHUNK = 2 << 20  # bytes per read call
-WORKERS = 2  # reads under way at once
 _PAGE = 4096
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
@@ -35,10 +34,11 @@ class Prepared:
     Attributes:
         module: the skeleton (or the materialised module as given).
         index: the weights at rest.
-        weights: what the two have in common, in the model's order.
+        matched: the weights the two have in common.
         trace: what one pass uses; None if it could not be run on fake tensors or there was no example.
         fixed_parts: bytes the budget pays besides weights, by name.
         owned: for each module number, the weights registered on that module itself.
+        storage: chunk and depth of reads.
         step_seconds: computing time by step; an estimate until ``measured``.
         policy: how the allocator treats freed activations.
         overrun: bytes by which a pass was seen to pass the reserve.
@@ -47,16 +47,22 @@ class Prepared:
 
     module: nn.Module
     index: WeightsIndex
-    weights: list[Weight]
+    matched: Matched
     trace: UseTrace | None
     fixed_parts: dict[str, int]
     owned: dict[int, list[int]]
+    storage: StorageChoice
     step_seconds: tuple[float, ...] = ()
     why_untraced: str = ""
     policy: MallocPolicy = MallocPolicy.DEFAULT
     measured: bool = False
     overrun: int = 0
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """All weights, by number."""
+        return self.matched.weights
 
     def workload(self) -> tuple[Workload, list[Group]]:
         """What the planner is given under the policy in force, and the weights each of its blocks stands for."""
@@ -137,24 +143,25 @@ def prepare(
     index = open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
-    numbers = weight_numbers(module, matched, index.resolve)
     trace, why = None, "no example inputs"
     if example is not None:
         try:
-            trace = trace_uses(module, numbers, *example)
-        except TraceFailed as error:
+            trace = trace_uses(module, matched.numbers, *example)
+        except TraceError as error:
             why = str(error)
+    storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
-        parts["staging"] = WORKERS * (CHUNK + 2 * _PAGE)
-    parts["bookkeeping"] = _PER_WEIGHT * len(matched)
+        parts["staging"] = storage.depth * (storage.chunk + 2 * _PAGE)
+    parts["bookkeeping"] = _PER_WEIGHT * len(matched.weights)
     return Prepared(
         module,
         index,
         matched,
         trace,
         parts,
-        _owned(module, numbers),
+        _owned(module, matched.numbers),
+        storage,
         estimate_steps(trace) if trace is not None else (),
         "" if trace is not None else why,
     )

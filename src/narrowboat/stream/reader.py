@@ -157,6 +157,7 @@ class Reader:
         self._busy_since = 0.0
         self._threads: list[threading.Thread] = []
         self._workers = workers
+        self._running = 0
         self.bytes_read = 0
         self.bytes_copied = 0
         self.busy_seconds = 0.0
@@ -213,16 +214,27 @@ class Reader:
         with self._cond:
             return self.busy_seconds + (time.perf_counter() - self._busy_since if self._active else 0.0)
 
-    def close(self) -> None:
-        """Stop the threads; reads under way are finished first."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop the threads and close the files; reads under way are finished first."""
         with self._cond:
             self._closed = True
             self._queue.clear()
             self._cond.notify_all()
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join()
+        if wait:
+            for file in self._files:
+                file.close()
+
+    def _leave(self) -> None:
+        # The last thread out closes the files, where nobody waits for it.
+        self._running -= 1
+        if self._running == 0:
+            for file in self._files:
+                file.close()
 
     def _start(self) -> None:
+        self._running = self._workers
         for worker in range(self._workers):
             thread = threading.Thread(
                 target=self._work, args=(worker,), name=f"narrowboat-reader-{worker}", daemon=True
@@ -237,6 +249,7 @@ class Reader:
                 while not self._queue and not self._closed:
                     self._cond.wait()
                 if self._closed:
+                    self._leave()
                     return
                 job, piece = self._queue.popleft()
                 start = time.perf_counter()

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.passes import PassRecord
-from narrowboat.stream.prepare import CHUNK, WORKERS, Prepared
+from narrowboat.stream.prepare import Prepared
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
 from narrowboat.stream.wrap import wrap_modules
 from narrowboat.trace import Trace
 
 log = logging.getLogger("narrowboat")
 _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
+_NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
@@ -85,12 +87,14 @@ class Session:
                 f"io='direct' was asked for, but {self._files[0].path} refuses direct I/O ({reason}); use io='auto'"
             )
         self._file_number = {str(file.path): i for i, file in enumerate(self._files)}
-        self.reader = Reader(self._files, chunk=CHUNK, workers=WORKERS, trace=self._timeline)
+        self.reader = Reader(
+            self._files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self._timeline
+        )
         try:
             self._machine = Machine(bandwidth=self._probe_bandwidth())
             plan, groups = prepared.choose(self._machine, budget)
             set_malloc_policy(prepared.policy)
-            attach_slots(prepared.module, prepared.weights, index)
+            attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
@@ -102,9 +106,9 @@ class Session:
             self._close_files()
             raise
         wrap_modules(prepared.module, self.engine)
-        status = openmp_status()
-        if status.risky:
-            log.warning("%s", status.advice)
+        _warn_about_openmp()
+        if prepared.trace is None:
+            log.info("not traced in advance (%s): the first call is the trace", prepared.why_untraced)
 
     # -- what a user reads -------------------------------------------------------------------------
 
@@ -254,10 +258,9 @@ class Session:
     # -- how it works ------------------------------------------------------------------------------
 
     def _adopt(self, plan: Plan, groups: list[Group]) -> None:
-        if self._slab is None or self._slab.nbytes < plan.arena_bytes:
-            if self._slab is not None:
-                self._slab.close()
-            self._slab = Slab(plan.arena_bytes, lock=self._lock_memory)
+        if self._slab is not None:
+            self._slab.close()
+        self._slab = Slab(plan.arena_bytes, lock=self._lock_memory)
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)
         self.ledger.set("window", plan.window_bytes)
@@ -381,7 +384,7 @@ class Session:
         if any(s.other is not None and s.written for w in self._weights for s in w.slots):
             return
         over = self.peak_bytes - self._budget
-        if over > 0:
+        if over > max(self._budget // 100, _NOISE):
             prepared.overrun += over
             log.warning(
                 "a pass took %s more than the budget; the plan gives that much back from the weights",
@@ -394,7 +397,7 @@ class Session:
         except BudgetError as error:
             log.warning("%s", error)
             return
-        if over > 0 or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
+        if prepared.overrun or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
             self._replace(better, groups)
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
@@ -410,6 +413,13 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self._passes} passes"
         return f"<narrowboat session: {format_bytes(self._budget)} budget, {state}>"
+
+
+@lru_cache(maxsize=1)
+def _warn_about_openmp() -> None:
+    status = openmp_status()
+    if status.risky:
+        log.warning("%s", status.advice)
 
 
 def _stamped(index: WeightsIndex) -> list[tuple[Path, Any]]:

@@ -1,0 +1,1 @@
+"""Small versions of transformers' architectures, inputs for them, and the comparison with plain PyTorch."""

@@ -1,0 +1,50 @@
+"""How to read from a device: the chunk size and depth that ``doctor`` measured there, kept for later processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from narrowboat.machine.cache import cache_folder, write_durably
+from narrowboat.machine.storage import StorageProbe
+
+_LARGEST_CHUNK, _DEEPEST = 64 << 20, 16
+
+
+@dataclass(frozen=True, slots=True)
+class StorageChoice:
+    """How to read from one device.
+
+    Attributes:
+        chunk: bytes per read call.
+        depth: reads under way at once.
+        bandwidth: bytes per second measured with them, processor busy; None if it was not.
+    """
+
+    chunk: int = 2 << 20
+    depth: int = 2
+    bandwidth: float | None = None
+
+
+def _path(device: int) -> Path:
+    return cache_folder() / f"storage-{device}.json"
+
+
+def save_storage_choice(folder: str | Path, probe: StorageProbe) -> None:
+    """Keep what a probe of ``folder`` found. Raises OSError if the cache folder cannot be written."""
+    choice = {"chunk": probe.chunk, "depth": probe.depth, "bandwidth": probe.busy_bandwidth}
+    write_durably(_path(os.stat(folder).st_dev), json.dumps(choice) + "\n")
+
+
+def load_storage_choice(path: str | Path) -> StorageChoice:
+    """The choice kept for the device that holds ``path``; the built-in one if there is none that makes sense."""
+    try:
+        kept = json.loads(_path(os.stat(path).st_dev).read_text(encoding="utf-8"))
+        chunk, depth, bandwidth = int(kept["chunk"]), int(kept["depth"]), kept["bandwidth"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return StorageChoice()
+    if not 4096 <= chunk <= _LARGEST_CHUNK or chunk % 4096 or not 1 <= depth <= _DEEPEST:
+        return StorageChoice()
+    return StorageChoice(chunk, depth, float(bandwidth) if isinstance(bandwidth, (int, float)) else None)

@@ -89,7 +89,9 @@ def difference(expected: list[tuple[str, Any]], got: list[tuple[str, Any]]) -> s
             unequal = (a != b) & ~((a != a) & (b != b))
             if unequal.any():
                 part = unequal.double().mean().item()
-                size = (a.double() - b.double()).abs().nan_to_num().max().item() if not a.is_complex() else float("nan")
+                size = (
+                    (a.double() - b.double()).abs().nan_to_num().max().item() if not a.is_complex() else float("nan")
+                )
                 return f"{path}: {part:.1%} of {list(a.shape)} differ, by up to {size:.2g}"
     return ""
 

@@ -100,7 +100,13 @@ class _Guess:
             return torch.tensor([[4, 4]])
         if name in ("pixel_attention_mask", "pixel_mask"):
             return torch.ones(1, *size, dtype=torch.long)
-        if name in ("past_values", "past_observed_mask", "past_time_features", "future_values", "future_time_features"):
+        if name in (
+            "past_values",
+            "past_observed_mask",
+            "past_time_features",
+            "future_values",
+            "future_time_features",
+        ):
             return self.series(name)
         if name in ("input_points",):
             return self.normal(1, 1, 2, 2).abs() * 10
@@ -161,7 +167,12 @@ class _Guess:
         yield from self.images_and_text(decoder)
         yield from self.sound_and_text(decoder)
         if self.main in ("input_features", "input_values", "audio_values", "waveform"):
-            for features in [*self.features(), self.normal(1, 4000), self.normal(1, 1, 4000), self.normal(1, 1, 16000)]:
+            for features in [
+                *self.features(),
+                self.normal(1, 4000),
+                self.normal(1, 1, 4000),
+                self.normal(1, 1, 16000),
+            ]:
                 base = self.with_required({self.main: features})
                 yield {**base, **decoder}
                 yield base

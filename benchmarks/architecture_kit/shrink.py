@@ -26,12 +26,16 @@ _WIDTH = re.compile(
     r"n_embed|mamba_d_ssm|ssm_size|bottleneck|attention_hidden|fusion_hidden|key_head_dim|value_head_dim|num_filters|"
     r"filter_size|conv_channels|model_dim|stem_channels|layer_channels|encoder_in_channels|decoder_in_channels|dff)"
 )
-_NOT_WIDTH = re.compile(r"^(num_|max_|min_)|input_dim$|in_dim$|vocab|patch|image_size|kernel|bbox|codebook_dim|act_dim")
+_NOT_WIDTH = re.compile(
+    r"^(num_|max_|min_)|input_dim$|in_dim$|vocab|patch|image_size|kernel|bbox|codebook_dim|act_dim"
+)
 _EXPERTS = re.compile(
     r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|n_experts|"
     r"num_total_experts|ffn_num_experts)$"
 )
-_TOP_K = re.compile(r"^(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_topk|moe_top_k|moe_k|num_selects)$")
+_TOP_K = re.compile(
+    r"^(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_topk|moe_top_k|moe_k|num_selects)$"
+)
 _TOKEN = re.compile(r"(token_id|token_index|token_ids|_token|_idx|eos_id|bos_id|pad_id|boi_id|eoi_id)$")
 _PICKED = re.compile(r"(indexes|indices|_layers_ids|hook_ids|layer_idx|layer_ids|mlp_only_layers|feature_layers?)$")
 

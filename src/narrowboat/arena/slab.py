@@ -9,6 +9,7 @@ import os
 
 import torch
 
+from narrowboat.arena.exports import forget, watch
 from narrowboat.errors import StorageError
 from narrowboat.quantities import format_bytes
 
@@ -48,6 +49,7 @@ class Slab:
         if not self._advise(_MADV_POPULATE_WRITE):
             for offset in range(0, self.nbytes, PAGE):
                 self._map[offset] = 0
+        watch(self.address, self.nbytes)
         self.locked = (
             lock
             and ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
@@ -83,8 +85,12 @@ class Slab:
             # .data: without a record of the flat tensor it is a view of, which would count as a view kept.
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape).data
 
+    def __del__(self) -> None:
+        forget(getattr(self, "address", 0))
+
     def close(self) -> None:
         """Give the memory back to the system, at once where no tensor outside the session still refers to it."""
+        forget(self.address)
         try:
             self._view.release()
             self._map.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from narrowboat.arena.standin import StandInParameter, StandInTensor, new_standin, tag
+from narrowboat.arena.standin import StandInParameter, StandInTensor, new_standin, tag, untag
 
 if TYPE_CHECKING:
     from narrowboat.checkpoint import TensorEntry
@@ -89,6 +89,7 @@ class Slot:
                 view = nn.Parameter(view, requires_grad=self.tensor.requires_grad)
         self._storage = view.untyped_storage()
         self._version = view._version
+        tag(view, self)  # a reader in another thread may hold the object that is exchanged under it
         self.other = view
 
     def unbind(self) -> None:
@@ -134,13 +135,34 @@ class Slot:
     def rescue(self) -> int:
         """Move the bytes that others still refer to into memory of their own; returns how many.
 
-        Moving a storage to shared memory is the one public operation that gives an existing storage, and with it
-        every alias, a new place. The caller has to ``bind`` a fresh view afterwards.
+        The storage, and with it every alias, gets a new place. The caller has to ``bind`` a fresh view afterwards.
         """
         nbytes = self._storage.nbytes()
         with torch.inference_mode(False):
-            self._storage.share_memory_()
+            if hasattr(self._storage, "_swap_data_ptr_"):
+                self._storage._swap_data_ptr_(self._storage.clone())
+            else:  # public, but the memory comes from /dev/shm, which containers keep small
+                self._storage.share_memory_()
         return int(nbytes)
+
+    def reset(self) -> None:
+        """Make the tensor a stand-in and let go of any view, whatever state an interruption has left them in."""
+        if not torch._C._dispatch_keys(self.tensor).has(torch._C.DispatchKey.Python):
+            entry = self.weight.entry
+            device, flag = torch.device("cpu"), self.tensor.requires_grad
+            fresh = new_standin(self._out_class, entry.shape, entry.dtype, device, flag)
+            _exchange(self.tensor, fresh, self._out_class, self._in_class)
+        self.tensor.__class__ = self._out_class
+        self.inside = False
+        self.unbind()
+
+    def release(self) -> None:
+        """Turn the tensor back into an ordinary one on meta; the weight has to be out, and the session closed."""
+        meta = torch.empty(self.weight.entry.shape, dtype=self.weight.entry.dtype, device="meta")
+        if issubclass(self._in_class, nn.Parameter):
+            meta = nn.Parameter(meta, requires_grad=self.tensor.requires_grad)
+        _exchange(self.tensor, meta, self._in_class, self._out_class)
+        untag(self.tensor)
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set the flag on what is in and on what is out."""

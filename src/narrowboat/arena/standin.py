@@ -11,6 +11,8 @@ It intercepts at the dispatcher (``__torch_dispatch__``) and not at the Python f
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +51,8 @@ class _StandIn:
         with weights[0].owner.touching(weights) as tensor_of:
             leaves = [leaf if slot is None else tensor_of(slot) for leaf, slot in zip(leaves, slots, strict=True)]
             real_args, real_kwargs = tree_unflatten(leaves, spec)
-            return func(*real_args, **real_kwargs)
+            with _views_tracked_as_in_plain_calls(func):
+                return func(*real_args, **real_kwargs)
 
     # The C++ entry points that would look for bytes behind the tensor.
     def data_ptr(self) -> int:
@@ -126,6 +129,11 @@ def tag(tensor: torch.Tensor, slot: Slot) -> None:
     tensor.__dict__[_SLOT] = slot
 
 
+def untag(tensor: torch.Tensor) -> None:
+    """Forget what ``tag`` noted."""
+    tensor.__dict__.pop(_SLOT, None)
+
+
 def new_standin(
     cls: type[torch.Tensor],
     shape: tuple[int, ...],
@@ -144,6 +152,27 @@ def lazy_alias(slot: Slot) -> torch.Tensor:
     alias = new_standin(StandInTensor, weight.entry.shape, weight.entry.dtype, torch.device("cpu"), False)
     tag(alias, slot)
     return alias
+
+
+def _views_tracked_as_in_plain_calls(func: Any) -> AbstractContextManager[Any]:
+    """Let an operator see the same ``requires_grad`` on the views it makes inside as it would in a plain call.
+
+    In ``inference_mode`` composite operators arrive here whole, and PyTorch no longer tracks views below this point:
+    ``linear`` would see ``weight.t()`` without the weight's flag, fold its batch differently and change the last bits.
+    Operators that give out views themselves are tracked by the caller.
+    """
+    if not torch.is_inference_mode_enabled() or _gives_views(func):
+        return nullcontext()
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.ADInplaceOrView)
+    guard: AbstractContextManager[Any] = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded
+    )
+    return guard
+
+
+@cache
+def _gives_views(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "ADInplaceOrView"))
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

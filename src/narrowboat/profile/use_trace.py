@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,7 +221,7 @@ def trace_uses(
     memo: dict[int, Any] = {}
     keep: list[torch.Tensor] = []
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
             for tensor, _, is_parameter in tensor_names(module).values():
                 with mode:
                     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -248,6 +250,24 @@ def trace_uses(
     trace.activation_bytes = recorder.peak
     trace.taken = (recorder.taken[0], recorder.taken[1])
     return trace
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch logs a traceback for every shape rule that fails; ours is told once, in one line."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    children = [logging.getLogger(name) for name in list(logger.manager.loggerDict) if name.startswith("torch.")]
+    disabled = [child for child in children if not child.disabled]
+    for child in disabled:
+        child.disabled = True
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for child in disabled:
+            child.disabled = False
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:

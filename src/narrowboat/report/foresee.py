@@ -12,10 +12,11 @@ from torch import nn
 
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
+from narrowboat.machine.storage_choice import StorageChoice
 from narrowboat.plan.make import Plan
 from narrowboat.plan.model import Machine
 from narrowboat.profile.warmup import warm_up
-from narrowboat.stream.prepare import CHUNK, WORKERS, Prepared, prepare
+from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
 from narrowboat.trace import Trace
 
@@ -81,21 +82,20 @@ def foresee(
     prepared = prepare(model, weights, example, strict=strict)
     measured = None
     if bandwidth is None:
-        # First with any speed: a budget that cannot hold is refused before anything is read.
-        prepared.choose(Machine(bandwidth=1e9), budget)
-        measured = read_bandwidth(prepared.index)
+        prepared.check(budget)  # what cannot hold is refused before anything is read
+        measured = read_bandwidth(prepared.index, prepared.storage)
     plan, _ = prepared.choose(Machine(bandwidth=bandwidth or measured or 1e9), budget)
     return Forecast(plan, prepared, measured is not None)
 
 
-def read_bandwidth(index: WeightsIndex) -> float | None:
+def read_bandwidth(index: WeightsIndex, storage: StorageChoice) -> float | None:
     """Bytes per second of reading some of the weights as a session would; None if there are too few of them."""
     number = max(range(len(index.files)), key=lambda i: index.stamps[i].size)
     nbytes = min(_SAMPLE, index.stamps[number].size // PAGE * PAGE)
     if nbytes < _TOO_SMALL:
         return None
     files = [WeightsFile(path, stamp, direct=True) for path, stamp in zip(index.files, index.stamps, strict=True)]
-    reader = Reader(files, chunk=CHUNK, workers=WORKERS, trace=Trace())
+    reader = Reader(files, chunk=storage.chunk, workers=storage.depth, trace=Trace())
     scratch = Slab(nbytes)
     try:
         start = time.perf_counter()

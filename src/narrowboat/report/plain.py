@@ -27,13 +27,12 @@ def load_weights(module: nn.Module, index: WeightsIndex, *, buffers_only: bool =
         WeightsChangedError: the file was replaced after it was opened.
         StorageError: the read failed.
     """
-    match_weights(module, index, strict=strict)
+    matched = match_weights(module, index, strict=strict)
     with file_source(index) as source, torch.no_grad():
         for tensor, names, is_parameter in list(tensor_names(module).values()):
             if buffers_only and is_parameter:
                 continue
-            # load_state_dict copies in order: of several stored names of one tensor the last one wins.
-            entry = next(e for e in (index.resolve(name) for name in reversed(names)) if e is not None)
+            entry = matched.weights[matched.numbers[id(tensor)]].entry
             target = tensor
             if tensor.is_meta:
                 target = torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -14,7 +14,7 @@ from narrowboat.trace import LANES, Event, Trace
 _COLOURS = {"read": "#3b7dd8", "compute": "#3a9d5d", "stall": "#d1495b"}
 _TITLES = {"read": "reads", "compute": "compute", "stall": "stalls"}
 _DPI = 110
-_LABEL_POINTS = 6.5
+_LABEL_POINTS = 7.5
 
 
 def read_chrome(path: str | Path) -> Trace:
@@ -76,7 +76,7 @@ def draw_timeline(trace: Trace, path: str | Path, since: float = float("-inf"), 
         raise UsageError("there is nothing to draw: no pass has run since the given moment")
     origin = max(since, min(event.start for event in events))
     span = max(event.end for event in events) - origin
-    figure = figure_class(figsize=(15, 4.2), dpi=_DPI, layout="constrained")
+    figure = figure_class(figsize=(16, 5), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     rows = _rows(events)
     width = figure.get_figwidth() * 0.92 * 72  # points between left and right end of the axes, about

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from narrowboat.checkpoint import pack
-from narrowboat.errors import StreamedModelError, UsageError
+from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
 from narrowboat.profile.order import split_example
@@ -67,7 +67,11 @@ def stream(
         UsageError: an argument cannot be used as given.
     """
     nbytes = parse_bytes(budget, what="budget")
-    if torch.device(device).type != "cpu":
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind != "cpu":
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
     if io not in _IO:
         raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
@@ -77,6 +81,11 @@ def stream(
     pair = split_example(example) if example is not None else None
     warm_up()
     baseline = process_memory().rss
+    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+        raise UsageError(f"weights must be the path of a file or folder, not {type(weights).__name__}")
+    before = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None
+    if isinstance(before, Session) and before.closed:
+        before.dismantle()
     if weights is None:
         if not isinstance(model, nn.Module):
             raise UsageError("weights= is missing: give the weights file (a materialised module may come without)")
@@ -117,7 +126,12 @@ def session(model: nn.Module) -> Session:
 def _offload(module: nn.Module, folder: str | Path | None) -> tuple[Path, Callable[[], None]]:
     """Write a materialised module's weights to a file of its own name; returns it and what deletes it."""
     place = Path(folder) if folder is not None else cache_folder() / "offload"
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make the offload folder {place}: {error.strerror}; give another offload_folder"
+        ) from error
     # A name that no other model can have: two models never share an offload file.
     path = place / f"offload-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
     state = {names[0]: tensor.detach() for tensor, names, _ in tensor_names(module).values()}

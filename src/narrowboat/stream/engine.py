@@ -50,6 +50,11 @@ class Engine:
         lock: held by the thread whose call is in progress; calls from other threads wait.
         record: measurements of the pass in progress.
         on_begin, on_end: called at the outermost entry and after the outermost exit of a pass.
+        on_torn: called before the next use after an interruption; puts a plan in force anew.
+        depth: how many wrapped calls are in progress.
+        running: a pass is in progress.
+        torn: an interruption may have struck in the middle of a change.
+        on_touch: called before and after a weight is brought in outside a pass.
         misses: operators that met a stand-in.
         jumps: events out of the traced order.
     """
@@ -63,13 +68,17 @@ class Engine:
         self.observed: UseTrace | None = None
         self.on_begin: Callable[[], None] = lambda: None
         self.on_end: Callable[[PassRecord | None], None] = lambda record: None
+        self.on_touch: Callable[[], None] = lambda: None
+        self.on_torn: Callable[[], None] = lambda: None
+        self.depth = 0
+        self.running = False
+        self.torn = False
         self.misses = 0
         self.jumps = 0
         self.closed = ""
         self._owned = owned
         self._reader = reader
         self._timeline = timeline
-        self._depth = 0
         self._failed = False
         self._swapper = Swapper(reader, ledger)
         self._prefetcher = Prefetcher(self._swapper)
@@ -137,37 +146,37 @@ class Engine:
 
     # -- events ----------------------------------------------------------------------------------
 
-    def enter(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module's forward begins. The caller holds the lock and calls ``leave`` in any case."""
-        self._depth += 1
-        if self._depth == 1:
-            self._begin(args, kwargs)
+    def enter(self, number: int, depth: int) -> None:
+        """A module's forward begins, ``depth`` calls deep. The caller holds the lock, and calls ``leave`` after it."""
+        if depth == 0:
+            self._begin()
+        elif self._failed:
+            # An inner module failed and the model went on: so does the pass, wherever it goes.
+            self._failed = False
+            self.record.jumped = True
+        self.depth = depth + 1
         self._event((number, ENTER))
 
-    def leave(self, number: int) -> None:
+    def leave(self, number: int, depth: int, *, failed: bool = False) -> None:
         """A module's forward has ended, or failed."""
+        if depth == 0 and not self.running:
+            return  # refused before it began
+        self._failed = failed
         try:
-            if not self._failed:
+            if not failed:
                 self._event((number, EXIT))
         finally:
-            self._depth -= 1
-            if self._depth == 0:
+            self.depth = depth
+            if depth == 0:
                 self._end()
 
-    def fail(self) -> None:
-        """The call in progress raised; no more weights are brought in for it."""
-        self._failed = True
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._failed = False
+    def _begin(self) -> None:
         if self.closed:
-            self._failed = True
             raise SessionClosedError(self.closed)
-        try:
-            self.on_begin()
-        except BaseException:
-            self._failed = True
-            raise
+        self._mend()
+        self.on_begin()
+        self._failed = False
+        self.running = True
         self._pos = -1
         if not self._prefetcher.at_start:
             self._prefetcher.rewind()
@@ -178,7 +187,25 @@ class Engine:
         self._resumed = now
         self._computing = ("", now)
 
+    def _mend(self) -> None:
+        """After an interruption: nothing the engine had noted is trusted."""
+        if self.torn:
+            self.on_torn()
+            self.torn = False
+
+    def abandon(self) -> None:
+        """Forget every block, and make every weight a stand-in."""
+        self._reader.drain()
+        self._pinned.clear()
+        self.blocks = []
+        self._block_of = {}
+        for weight in self.weights:
+            for slot in weight.slots:
+                slot.reset()
+        self.running = False
+
     def _end(self) -> None:
+        self.running = False
         now = time.perf_counter()
         self._timeline_compute("", now)
         for block in list(self._pinned):
@@ -340,7 +367,10 @@ class Engine:
         with self.lock:
             if self.closed:
                 raise SessionClosedError(self.closed)
-            inside = self._depth > 0
+            inside = self.depth > 0
+            if not inside:
+                self._mend()
+                self.on_touch()
             blocks = []
             self.misses += inside
             for weight in weights:
@@ -355,7 +385,14 @@ class Engine:
                     block.pins += 1
                     guarded.append(block)
                     self._bring(block)
+                if not inside:
+                    self.on_touch()
                 yield lambda slot: slot.view if slot.other is not None else _empty(slot)
+            except Exception:
+                raise
+            except BaseException:
+                self.torn = True
+                raise
             finally:
                 for block in guarded:
                     block.pins -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
-from narrowboat.errors import BudgetError
+from narrowboat.errors import BudgetError, ModelError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
 from narrowboat.plan.make import Plan, check_budget, make_plan, minimum_budget
@@ -23,6 +24,7 @@ from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_by
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
 from narrowboat.profile.workload import Group, form_groups
 
+NO_EXAMPLE = "no example inputs"
 _PAGE = 4096
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
@@ -143,8 +145,9 @@ def prepare(
     index = open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
-    trace, why = None, "no example inputs"
+    trace, why = None, NO_EXAMPLE
     if example is not None:
+        _refuse_foreign_arguments(module, example)
         try:
             trace = trace_uses(module, matched.numbers, *example)
         except TraceError as error:
@@ -165,6 +168,15 @@ def prepare(
         estimate_steps(trace) if trace is not None else (),
         "" if trace is not None else why,
     )
+
+
+def _refuse_foreign_arguments(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    try:
+        inspect.signature(module.forward).bind(*example[0], **example[1])
+    except TypeError as error:
+        raise ModelError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
+    except ValueError:
+        return  # a forward without a signature
 
 
 def _owned(module: nn.Module, numbers: dict[int, int]) -> dict[int, list[int]]:

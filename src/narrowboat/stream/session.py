@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import statistics
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
-from narrowboat.errors import BudgetError, GradientError, NarrowboatError, UsageError
+from narrowboat.errors import BudgetError, GradientError, NarrowboatError, StreamedModelError, UsageError
 from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.openmp import openmp_status
@@ -31,13 +33,14 @@ from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.passes import PassRecord
-from narrowboat.stream.prepare import Prepared
+from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
-from narrowboat.stream.wrap import wrap_modules
+from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
 
 log = logging.getLogger("narrowboat")
 _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
+_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
@@ -98,6 +101,10 @@ class Session:
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
+            self.engine.on_touch = self._check_files
+            self.engine.on_torn = self._readopt
+            modules = prepared.module.modules()
+            self._norms = [m for m in modules if getattr(m, "track_running_stats", False) and list(m.buffers(False))]
             if prepared.trace is None:
                 self.engine.observed = UseTrace()
             self._adopt(plan, groups)
@@ -106,9 +113,13 @@ class Session:
             self._close_files()
             raise
         wrap_modules(prepared.module, self.engine)
+        _open_sessions.add(self)
         _warn_about_openmp()
         if prepared.trace is None:
-            log.info("not traced in advance (%s): the first call is the trace", prepared.why_untraced)
+            level = logging.INFO if prepared.why_untraced == NO_EXAMPLE else logging.WARNING
+            log.log(
+                level, "the model was not traced in advance (%s): its first call is the trace", prepared.why_untraced
+            )
 
     # -- what a user reads -------------------------------------------------------------------------
 
@@ -235,6 +246,7 @@ class Session:
         """Give the memory back. The model's weights become unusable, with an error that says so; idempotent."""
         if self._closed:
             return
+        _open_sessions.discard(self)
         with self.engine.lock:
             self._closed = True
             try:
@@ -336,8 +348,23 @@ class Session:
                 "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
                 "torch.no_grad(); to train inside a budget use nb.train_step(model, loss_fn, optimizer, budget=...)"
             )
+        if any(norm.training for norm in self._norms):
+            raise StreamedModelError(
+                "the model is in training mode, and its normalisation layers would write running statistics into "
+                "streamed weights: call model.eval(); to train inside a budget use nb.train_step"
+            )
+        self._check_files()
+
+    def _readopt(self) -> None:
+        """Begin anew with the plan in force, in fresh memory, after an interruption."""
+        self.engine.abandon()
+        self.ledger.set("off_plan", 0)
+        self._adopt(self.plan, self._prepared.workload()[1])
+
+    def _check_files(self) -> None:
         for file in self._files:
             file.check_path()
+            file.check_open_file()
 
     def _after_pass(self, record: PassRecord | None) -> None:
         if record is None:
@@ -383,7 +410,8 @@ class Session:
         )
         if any(s.other is not None and s.written for w in self._weights for s in w.slots):
             return
-        over = self.peak_bytes - self._budget
+        # The kernel counts for the process: with several sessions open, nobody can say whose bytes they are.
+        over = self.peak_bytes - self._budget if len(_open_sessions) == 1 else 0
         if over > max(self._budget // 100, _NOISE):
             prepared.overrun += over
             log.warning(
@@ -410,9 +438,29 @@ class Session:
             with contextlib.suppress(OSError):
                 file.close()
 
+    def dismantle(self) -> None:
+        """Take wrappers and stand-ins off the model of a closed session; its parameters are on meta then."""
+        unwrap_modules(self._prepared.module)
+        for weight in self._weights:
+            for slot in weight.slots:
+                slot.release()
+            weight.slots.clear()
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self._passes} passes"
         return f"<narrowboat session: {format_bytes(self._budget)} budget, {state}>"
+
+
+def _after_fork() -> None:
+    """The reader's threads do not exist in a forked child: an error there, and not a wait for ever."""
+    for session in list(_open_sessions):
+        session.engine.closed = (
+            "this process was forked from the one that streams the model, and its reader did not come along: "
+            "stream the model again here, or start workers with the 'spawn' method"
+        )
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache(maxsize=1)

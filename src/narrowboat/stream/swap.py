@@ -5,7 +5,7 @@ from __future__ import annotations
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Weight
-from narrowboat.errors import BudgetError, StreamedModelError
+from narrowboat.errors import BudgetError, StorageError, StreamedModelError
 from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState, State
 from narrowboat.stream.reader import Extent, Reader
@@ -49,16 +49,22 @@ class Swapper:
         block.state = State.READING
 
     def finish(self, block: BlockState) -> None:
-        """Wait until a block that is being read is in. Raises the read's error."""
-        job = block.job
-        assert job is not None
-        try:
-            self._reader.wait(job)
-        except BaseException:
-            if job.done:
-                block.state, block.job = State.OUT, None
-            raise
-        block.state, block.job = State.IN, None
+        """Wait until a block that is being read is in. Raises the read's error if it fails twice."""
+        for last_try in (False, True):
+            job = block.job
+            assert job is not None
+            try:
+                self._reader.wait(job)
+            except BaseException as error:
+                if job.done:
+                    block.state, block.job = State.OUT, None
+                # A read that failed ahead of time may have met a trouble that is over: try once more, now.
+                if last_try or not isinstance(error, StorageError) or not job.done:
+                    raise
+                self.submit(block, urgent=True)
+            else:
+                block.state, block.job = State.IN, None
+                return
 
     @staticmethod
     def settle(block: BlockState) -> None:

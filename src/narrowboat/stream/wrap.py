@@ -54,19 +54,28 @@ def engine_of(module: nn.Module) -> Engine | None:
 
 
 def _wrap(engine: Engine, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-    lock, enter, leave, fail = engine.lock, engine.enter, engine.leave, engine.fail
+    lock, enter, leave = engine.lock, engine.enter, engine.leave
 
     @functools.wraps(forward)
     def streamed_forward(*args: Any, **kwargs: Any) -> Any:
         with lock:
+            depth = engine.depth
             try:
-                enter(number, args, kwargs)
-                return forward(*args, **kwargs)
-            except BaseException:
-                fail()
+                try:
+                    enter(number, depth)
+                    result = forward(*args, **kwargs)
+                except BaseException:
+                    leave(number, depth, failed=True)
+                    raise
+                leave(number, depth)
+                return result
+            except Exception:
                 raise
-            finally:
-                leave(number)
+            except BaseException:
+                # Ctrl-C can strike between any two instructions, the engine's own included.
+                engine.torn = True
+                engine.depth = depth
+                raise
 
     return streamed_forward
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from children import Emit
-from materials import Material
-from subjects import SUBJECTS
 from torch.utils._pytree import tree_leaves
 
 import narrowboat as nb
+from inference_kit.children import Emit
+from inference_kit.materials import Material
+from inference_kit.subjects import SUBJECTS
 from narrowboat.errors import BudgetError
 from narrowboat.machine.cgroup import MemoryCgroup
 from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy

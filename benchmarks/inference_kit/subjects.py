@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import set_module_tensor_to_device
-from materials import Material, empty_module, mapped, offload_in_groups
 from safetensors import safe_open
 from torch import nn
 
 import narrowboat as nb
+from inference_kit.materials import Material, empty_module, mapped, offload_in_groups
 from narrowboat.machine.memory import reset_peak
 
 

@@ -1,0 +1,108 @@
+"""The second half of the demo: a 1.2 GB vision transformer at a fifth of its bytes, beside what people use today."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from narrowboat.checkpoint import open_index
+from narrowboat.demo.child import SLACK, Outcome, Task, run_child, why_unlimited
+from narrowboat.demo.subjects import SUBJECTS
+from narrowboat.report.timeline import draw_timeline, read_chrome
+
+MODEL = "vit_large"
+PART = 5  # the budget is the weights over this
+PASSES = {"plain": 7, "narrowboat": 8, "mmap": 6, "accelerate": 4}
+SECONDS = {"plain": 45.0, "narrowboat": 45.0, "mmap": 30.0, "accelerate": 25.0}
+TITLES = {
+    "plain": "plain PyTorch, everything in memory",
+    "narrowboat": "narrowboat",
+    "mmap": "safetensors mmap",
+    "accelerate": "accelerate disk offload",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second half's result.
+
+    Attributes:
+        weight_bytes: bytes of all weights.
+        budget: bytes that the limited subjects have over their baselines.
+        slack: bytes that the kernel's limit grants on top.
+        unlimited: why no limit could be enforced; None where it was.
+        outcomes: by subject, in the order they ran.
+        timeline: the picture of narrowboat's last two passes; None if there is none, and then why.
+        no_timeline: why there is none; empty if there is one.
+    """
+
+    weight_bytes: int
+    budget: int
+    slack: int
+    unlimited: str | None
+    outcomes: dict[str, Outcome]
+    timeline: Path | None
+    no_timeline: str
+
+    def exact(self, subject: str) -> bool | None:
+        """Whether the output is plain PyTorch's, bit by bit; None if it came to none, or there is none to compare with."""
+        mine, plain = self.outcomes[subject].digest, self.outcomes["plain"].digest
+        return None if mine is None or plain is None else mine == plain
+
+
+def compare(
+    weights: Path,
+    folder: Path,
+    on_start: Callable[[str], Callable[[int, float], None]],
+    *,
+    subjects: tuple[str, ...] = ("plain", "narrowboat", "mmap", "accelerate"),
+) -> Comparison:
+    """Run the subjects one after the other, each in a child process with a cold page cache.
+
+    Args:
+        weights: packed ViT-L weights.
+        folder: where the trace and the picture go.
+        on_start: ``on_start(subject)`` is called before each; what it returns is called after each pass with its
+            number and milliseconds.
+        subjects: which, the first being the one that the others are compared with.
+
+    Raises:
+        BudgetError, NarrowboatError: narrowboat refused or failed.
+    """
+    assert set(subjects) <= set(SUBJECTS)
+    total = open_index(weights).total_bytes
+    budget = total // PART
+    trace = folder / "timeline.json"
+    outcomes: dict[str, Outcome] = {}
+    for subject in subjects:
+        task = Task(
+            subject,
+            f"narrowboat.zoo:{MODEL}",
+            weights,
+            passes=PASSES[subject],
+            budget=budget if subject == "narrowboat" else None,
+            limit=None if subject == "plain" else budget,
+            seconds=SECONDS[subject],
+            trace=trace if subject == "narrowboat" else None,
+        )
+        outcomes[subject] = run_child(task, on_pass=on_start(subject))
+    picture, why = _draw(trace, folder / "timeline.png", budget)
+    return Comparison(total, budget, SLACK, why_unlimited(), outcomes, picture, why)
+
+
+def _draw(trace: Path, picture: Path, budget: int) -> tuple[Path | None, str]:
+    from narrowboat.errors import UsageError
+    from narrowboat.quantities import format_bytes
+
+    try:
+        draw_timeline(read_chrome(trace), picture, title=f"ViT-L in {format_bytes(budget)}: the last two passes")
+    except UsageError as error:
+        return None, str(error)
+    return picture, ""
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

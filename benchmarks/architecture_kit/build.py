@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from architecture_kit.inputs import candidates
+from architecture_kit.overrides import OVERRIDES
+from architecture_kit.shrink import PROFILES, Profile, shrink
 from torch import nn
 
-from architecture_kit.inputs import candidates
-from architecture_kit.shrink import PROFILES, Profile, shrink
+from narrowboat.profile import no_storage
 
 MOST_PARAMETERS = 40_000_000
 _FAMILIES = (
-    "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "SPEECH_SEQ_2_SEQ",
     "IMAGE_TEXT_TO_TEXT",
     "MULTIMODAL_LM",
+    "CAUSAL_LM",
     "TEXT_TO_WAVEFORM",
     "TEXT_TO_SPECTROGRAM",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "MASKED_LM",
     "CTC",
     "OBJECT_DETECTION",
@@ -105,7 +109,7 @@ def build(model_type: str, recipe: dict[str, Any] | None = None) -> Built:
     """Search for a combination that runs; ``recipe`` says which one did before.
 
     Raises:
-        CouldNotBuild: none does; tells the last reason for each class.
+        CouldNotBuild: none does; tells the first reason for each class.
     """
     reasons: dict[str, str] = {}
     classes = [recipe["class_name"]] if recipe else list(class_names(model_type))[:4]
@@ -117,10 +121,10 @@ def build(model_type: str, recipe: dict[str, Any] | None = None) -> Built:
             except (TimeoutError, KeyboardInterrupt):
                 raise
             except _TooLarge as error:
-                reasons[class_name] = str(error)
+                reasons.setdefault(class_name, str(error))
                 break  # the following profiles are larger still
             except Exception as error:
-                reasons[class_name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                reasons.setdefault(class_name, f"{type(error).__name__}: {str(error).strip()[:200]}")
     raise CouldNotBuild("; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no class")
 
 
@@ -138,7 +142,7 @@ def _attempt(model_type: str, class_name: str, profile: Profile, recipe: dict[st
         config_class = wanted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = shrink(wanted(), profile)
+        config = shrink(OVERRIDES.get(model_type, wanted)(), profile)
         if not recipe:
             _refuse_giants(model_class, config)
         torch.manual_seed(3)
@@ -162,13 +166,8 @@ def _attempt(model_type: str, class_name: str, profile: Profile, recipe: dict[st
 
 
 def _refuse_giants(model_class: Any, config: Any) -> None:
-    try:
-        with torch.device("meta"):
-            sketch = model_class(copy.deepcopy(config))
-    except (TimeoutError, KeyboardInterrupt):
-        raise
-    except Exception:
-        return
+    with no_storage():
+        sketch = model_class(copy.deepcopy(config))
     count = sum(p.numel() for p in sketch.parameters())
     if count > MOST_PARAMETERS:
         raise _TooLarge(f"{count / 1e6:.0f} million parameters")

@@ -110,6 +110,9 @@ def run_generate(model: Any, inputs: dict[str, Any]) -> list[tuple[str, Any]]:
     """Five greedy tokens."""
     _seed()
     given = {k: v for k, v in copy.deepcopy(inputs).items() if k not in ("decoder_input_ids", "labels")}
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) and model.generation_config.decoder_start_token_id is None:
+        given["decoder_start_token_id"] = 0
     with torch.inference_mode():
         return flatten(model.generate(**given, max_new_tokens=5, do_sample=False))
 

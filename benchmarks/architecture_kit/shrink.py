@@ -100,7 +100,9 @@ def _shrunk(
     tokens: dict[int, int],
 ) -> Any:
     if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-        return shrink(value, profile, tokens)
+        return small_resnet() if value.model_type == "timm_backbone" else shrink(value, profile, tokens)
+    if name == "use_timm_backbone":
+        return False
     if isinstance(value, dict):
         if name.startswith("rope") and profile.factor > 1:
             return {
@@ -160,6 +162,19 @@ def _shrunk(
     if _WIDTH.search(name) and not _NOT_WIDTH.search(name):
         return _narrow(value, profile.factor)
     return value
+
+
+def small_resnet() -> Any:
+    """A backbone for the models whose own is one of timm's, which need not be installed."""
+    from transformers import ResNetConfig
+
+    return ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32, 32, 64],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
 
 
 def _narrow(value: int, factor: int) -> int:

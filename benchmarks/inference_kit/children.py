@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from inference_kit.text_pages import Range, populate, resident_text
 from narrowboat.machine.cgroup import MemoryCgroup
 
 _PR_SET_PDEATHSIG = 1
@@ -65,9 +66,10 @@ def run_child(
     sys.stdout.flush()
     start = time.perf_counter()
     parent = os.getpid()
+    text = resident_text()
     pid = os.fork()
     if pid == 0:
-        _child(body, log, group, parent)
+        _child(body, log, group, parent, text)
     handle = os.pidfd_open(pid)
     try:
         ended, _, _ = select.select([handle], [], [], timeout)
@@ -97,7 +99,9 @@ def run_child(
     return outcome
 
 
-def _child(body: Callable[[Emit], None], log: Path, group: MemoryCgroup | None, parent: int) -> None:
+def _child(
+    body: Callable[[Emit], None], log: Path, group: MemoryCgroup | None, parent: int, text: list[Range]
+) -> None:
     """Run ``body`` and end the process; never returns."""
     code = 1
     try:
@@ -106,6 +110,7 @@ def _child(body: Callable[[Emit], None], log: Path, group: MemoryCgroup | None, 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+        populate(text)
         output = os.open(log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -27,14 +27,14 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    "resnet101": Effort(3, 1, 20, 3.0, 1.5, 12.0),
-    "vgg19": Effort(3, 1, 12, 4.0, 2.0, 12.0),
-    "yolov3": Effort(3, 1, 12, 4.0, 2.0, 12.0),
-    "fcn": Effort(3, 1, 12, 4.0, 2.0, 12.0),
-    "vit_large": Effort(2, 1, 8, 6.0, 3.0, 14.0),
-    "llama_1b": Effort(1, 1, 6, 15.0, 4.0, 20.0),
+    "resnet101": Effort(3, 1, 12, 2.0, 1.0, 8.0),
+    "vgg19": Effort(2, 1, 9, 3.0, 1.5, 8.0),
+    "yolov3": Effort(2, 1, 9, 3.0, 1.5, 8.0),
+    "fcn": Effort(2, 1, 9, 3.0, 1.5, 8.0),
+    "vit_large": Effort(2, 1, 7, 6.0, 2.0, 10.0),
+    "llama_1b": Effort(1, 1, 5, 12.0, 2.0, 20.0),
 }
-_QUICK = Effort(1, 1, 5, 3.0, 2.0, 15.0)
+_QUICK = Effort(1, 1, 6, 4.0, 2.0, 15.0)
 
 
 def effort(name: str, *, quick: bool, rounds: int | None, passes: int | None) -> Effort:

@@ -22,7 +22,7 @@ from inference_kit.materials import Material
 from inference_kit.subjects import SUBJECTS
 from narrowboat.errors import BudgetError
 from narrowboat.machine.cgroup import MemoryCgroup
-from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
+from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.profile.warmup import warm_up
 
@@ -49,8 +49,7 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
     inputs = files.model.example_inputs()
     warm_up()
     if not subject.ours:
-        # A session chooses its own; the others get what glibc would have come to.
-        set_malloc_policy(MallocPolicy.DEFAULT)
+        set_malloc_policy(subject.policy)
     gc.collect()
     reset_peak()
     baseline = process_memory().rss
@@ -61,8 +60,10 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
         emit("first", seconds=time.perf_counter() - start, peak=process_memory().hwm - baseline)
         digest = _digest(output)
         emit("output", digest=digest)
+    if name == "resident":
+        running.after_first()
+    with torch.inference_mode():
         if name == "resident":
-            running.after_first()
             output = running.module(*inputs)  # the mapping is not aligned as memory is: last bits may differ
             digest = _digest(output)
             emit("output", digest=digest)

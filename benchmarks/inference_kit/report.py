@@ -137,12 +137,14 @@ def write_markdown(
         "",
         f"Limit of every subject but plain PyTorch: {facts['memory_limit']}, set to a warm process without a model "
         f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}. "
-        "Everything charged counts, page cache included. Each run is a child process; weights are out of the page cache at its "
-        "start; subjects take turns. *ms / pass* is the median over children of their median passes, without the "
+        "Everything charged counts, page cache included. Each run is a child process; weights are out of the page cache "
+        "at its start; subjects take turns. *ms / pass* is the median over children of their median passes, without the "
         "first ones; *x plain* is over plain PyTorch with everything in memory at the same turn; *x bound* is over "
         "max(plain PyTorch, bytes that cannot be held / storage bandwidth in the same run); *first answer* is from a "
         "warm process to the first output, cold file; *peak* is resident memory over the process baseline. "
-        "diffusers runs over the files of an earlier set-up, which needs all weights in memory.",
+        "diffusers runs over the files of an earlier set-up, which needs all weights in memory. accelerate and "
+        "diffusers run under an allocator policy that gives memory back (as `narrowboat.machine.malloc` sets it), without "
+        "which they are killed at the small budgets.",
         "",
     ]
     for model, cells in _by_model(summary):

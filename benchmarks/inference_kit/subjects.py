@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 import narrowboat as nb
 from inference_kit.materials import Material, empty_module, mapped, offload_in_groups
+from narrowboat.machine.malloc import MallocPolicy
 from narrowboat.machine.memory import reset_peak
 
 
@@ -44,6 +46,8 @@ class Subject:
         reads: the file whose page cache it may fill.
         ours: it is narrowboat.
         one_budget: it takes no budget and is too slow to be shown at more than the first.
+        policy: the allocator policy it runs under (narrowboat chooses its own). For each peer the one that serves it
+            best: with glibc's own, diffusers comes to hold all weights, and accelerate is killed at small budgets.
     """
 
     label: str
@@ -52,6 +56,7 @@ class Subject:
     limited: bool = True
     ours: bool = False
     one_budget: bool = False
+    policy: MallocPolicy = MallocPolicy.DEFAULT
 
 
 def _resident(files: Material, budget: int) -> Running:
@@ -59,8 +64,9 @@ def _resident(files: Material, budget: int) -> Running:
     module = mapped(files)
 
     def settle() -> None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            tensor.data = tensor.data.clone()
+        # New tensors: assigning to .data would keep the mapping alive, which the old ones are views of.
+        module.load_state_dict({name: t.detach().clone() for name, t in module.state_dict().items()}, assign=True)
+        gc.collect()
         reset_peak()
 
     return Running(module, settle)
@@ -164,9 +170,9 @@ SUBJECTS: dict[str, Subject] = {
     "narrowboat_unpacked": Subject("narrowboat, unpacked", _narrowboat(_plain), _plain, ours=True),
     "mmap": Subject("mmap, safetensors", _mmap, _plain),
     "torch_mmap": Subject("mmap, torch.load", _torch_mmap, _pth),
-    "accelerate": Subject("accelerate, all on disk", _accelerate, _plain),
-    "accelerate_placed": Subject("accelerate, max_memory", _accelerate_placed, _plain),
-    "diffusers": Subject("diffusers group offload", _diffusers, _plain, one_budget=True),
+    "accelerate": Subject("accelerate, all on disk", _accelerate, _plain, policy=MallocPolicy.BALANCED),
+    "accelerate_placed": Subject("accelerate, max_memory", _accelerate_placed, _plain, policy=MallocPolicy.BALANCED),
+    "diffusers": Subject("diffusers group offload", _diffusers, _plain, one_budget=True, policy=MallocPolicy.STRICT),
 }
 PEERS = tuple(name for name, subject in SUBJECTS.items() if subject.limited and not subject.ours)
 RIVALS = ("mmap", "torch_mmap", "accelerate", "accelerate_placed")

@@ -7,29 +7,33 @@ on a copy. Other tensors are not affected.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
 import torch
 
 _lock = threading.Lock()
-_ranges: dict[int, int] = {}  # start -> end of every open arena
+_ranges: dict[int, tuple[int, int]] = {}  # ticket -> addresses of every open arena
+_tickets = itertools.count(1)
 _numpy = torch.Tensor.numpy
 _dlpack = torch.Tensor.__dlpack__
 
 
-def watch(address: int, nbytes: int) -> None:
-    """Arrays of tensors in ``[address, address + nbytes)`` are copies from now on."""
+def watch(address: int, nbytes: int) -> int:
+    """Arrays of tensors in ``[address, address + nbytes)`` are copies from now on; returns a ticket for ``forget``."""
     with _lock:
-        _ranges[address] = address + nbytes
+        ticket = next(_tickets)
+        _ranges[ticket] = (address, address + nbytes)
         torch.Tensor.numpy = _safe_numpy  # type: ignore[method-assign, assignment]
         torch.Tensor.__dlpack__ = _safe_dlpack  # type: ignore[method-assign, assignment]
+    return ticket
 
 
-def forget(address: int) -> None:
-    """The arena at ``address`` is closed."""
+def forget(ticket: int) -> None:
+    """The arena is closed. Its addresses may be another's by now, which is why they are not the key."""
     with _lock:
-        _ranges.pop(address, None)
+        _ranges.pop(ticket, None)
         if not _ranges:
             torch.Tensor.numpy = _numpy  # type: ignore[method-assign]
             torch.Tensor.__dlpack__ = _dlpack  # type: ignore[method-assign]
@@ -42,7 +46,7 @@ def _in_arena(tensor: torch.Tensor) -> bool:
         address = tensor.data_ptr()
     except RuntimeError:
         return False
-    return any(start <= address < end for start, end in list(_ranges.items()))
+    return any(start <= address < end for start, end in list(_ranges.values()))
 
 
 def _safe_numpy(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

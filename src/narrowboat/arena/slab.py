@@ -49,7 +49,7 @@ class Slab:
         if not self._advise(_MADV_POPULATE_WRITE):
             for offset in range(0, self.nbytes, PAGE):
                 self._map[offset] = 0
-        watch(self.address, self.nbytes)
+        self._ticket = watch(self.address, self.nbytes)
         self.locked = (
             lock
             and ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
@@ -86,14 +86,14 @@ class Slab:
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape).data
 
     def __del__(self) -> None:
-        forget(getattr(self, "address", 0))
+        forget(getattr(self, "_ticket", 0))
 
     def close(self) -> None:
-        """Give the memory back to the system, at once where no tensor outside the session still refers to it."""
-        forget(self.address)
-        try:
-            self._view.release()
-            self._map.close()
-        except BufferError:
-            # Somebody holds a view (a NumPy array, say): the mapping goes with its last reference, not under it.
-            pass
+        """Give the memory back to the system: at once, or when the last tensor that refers to it goes.
+
+        The mapping is not closed by hand: ``torch.frombuffer`` keeps the mapping object alive, but not locked.
+        """
+        forget(self._ticket)
+        self.address = 0  # another arena may be given this address before ``__del__`` runs
+        self._view.release()
+        del self._map

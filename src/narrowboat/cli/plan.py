@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def plan(
 ) -> None:
     """Show what would be resident, what streamed, and how long a pass would take.
 
-    Exit code 1 if the budget cannot hold the model; the message, and with --json the document, has the smallest that can.
+    Exit code 1 if the budget cannot hold the model; the message (with --json the document) has the smallest that can.
     """
     bytes_allowed = resolve_budget(budget)
     speed = None if bandwidth is None else float(parse_bytes(bandwidth, what="bandwidth"))
@@ -40,7 +40,9 @@ def plan(
     from narrowboat.plan.make import summary
     from narrowboat.report.foresee import foresee
 
-    example = (request.inputs, {}) if request.inputs is not None else None
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    if request.inputs is not None:
+        example = (request.inputs, {})
     forecast = foresee(request.factory, request.weights, budget=bytes_allowed, example=example, bandwidth=speed)
     if json:
         document = {

@@ -75,7 +75,7 @@ def _in_eval_mode(factory: Callable[..., Any]) -> Callable[[], nn.Module]:
         made = copy.deepcopy(factory) if isinstance(factory, nn.Module) else factory()
         return made.eval() if isinstance(made, nn.Module) else made
 
-    make.__qualname__ = getattr(factory, "__qualname__", None) or getattr(factory, "name", repr(factory))
+    make.__qualname__ = str(getattr(factory, "__qualname__", None) or getattr(factory, "name", repr(factory)))
     return make
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SHOWN = 12  # passes listed one by one
 
 
-class Io(str, Enum):
+class Io(StrEnum):
     """How storage is read."""
 
     AUTO = "auto"
@@ -102,8 +102,8 @@ def _print_report(model: str, weights: Path, report: RunReport) -> None:
         "latency": f"{format_seconds(statistics.median(steady) / 1e3)} (median of the steady passes), "
         f"{format_seconds(report.predicted_latency_ms / 1e3)} predicted",
         "first answer": f"{format_seconds(report.first_answer_ms / 1e3)} after the start",
-        "peak memory": f"{format_bytes(report.peak_bytes)} over the process baseline, of {format_bytes(report.budget_bytes)}"
-        f" (smallest possible: {format_bytes(report.min_budget_bytes)})",
+        "peak memory": f"{format_bytes(report.peak_bytes)} over the process baseline, "
+        f"of {format_bytes(report.budget_bytes)} (smallest possible: {format_bytes(report.min_budget_bytes)})",
         "weights held": f"{format_bytes(report.resident_bytes)} resident, {format_bytes(report.window_bytes)} window",
         "besides": parts or "nothing",
         "storage": "direct I/O, the page cache is not used" if report.direct_io else "buffered reads",

@@ -71,6 +71,7 @@ class Outcome:
         digest: of the last output; None if it was stopped before its end.
         limited: whether the kernel held it to the limit.
         stopped_after: seconds after which it was stopped; None if it ended by itself.
+        killed: it was stopped in the middle of a pass.
         failure: what went wrong, in words; empty if nothing did.
         details: what only this subject tells.
     """
@@ -83,6 +84,7 @@ class Outcome:
     digest: str | None = None
     limited: bool = False
     stopped_after: float | None = None
+    killed: bool = False
     failure: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -92,6 +94,13 @@ class Outcome:
         skip = 2 if len(self.latency_ms) > 3 else 1
         passes = self.latency_ms[skip:] or self.latency_ms
         return statistics.median(passes) if passes else None
+
+    @property
+    def unfinished_ms(self) -> float | None:
+        """How long the pass (or the loading) had run that was cut off by the time limit; None if none was."""
+        if not self.killed or self.stopped_after is None:
+            return None
+        return self.stopped_after * 1e3 - (self.first_answer_ms or 0.0) - sum(self.latency_ms[1:])
 
     @property
     def steady_read(self) -> int | None:
@@ -244,7 +253,7 @@ def _follow(child: _Child, outcome: Outcome, on_pass: Callable[[int, float], Non
         except queue.Empty:
             with contextlib.suppress(NarrowboatError):
                 outcome.peak_bytes = max(process_memory(child.process.pid).hwm - child.baseline, 0)
-            outcome.stopped_after = time.monotonic() - begun
+            outcome.stopped_after, outcome.killed = time.monotonic() - begun, True
             child.kill()
             return
         if event is None:

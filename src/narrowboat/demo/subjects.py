@@ -314,7 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         for number, latency in enumerate(result["latency_ms"], start=1):
             print(f"pass {number}: {format_seconds(latency / 1e3)}")
         print(
-            f"{format_bytes(result['peak_bytes'])} over the baseline, first answer after {result['first_answer_ms']:.0f} ms"
+            f"{format_bytes(result['peak_bytes'])} over the baseline, "
+            f"first answer after {result['first_answer_ms']:.0f} ms"
         )
     return 0
 

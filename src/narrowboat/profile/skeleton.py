@@ -7,6 +7,7 @@ rotary frequencies) exist nowhere else.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from narrowboat.arena.slot import Slot, Weight
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ForeignHooksError, ModelError, NarrowboatError, StreamedModelError, WeightsMismatchError
 
+log = logging.getLogger("narrowboat")
 _patch_lock = threading.RLock()
 
 
@@ -65,8 +67,7 @@ def build_skeleton(source: Callable[[], nn.Module] | nn.Module) -> nn.Module:
         if not callable(source):
             raise ModelError(f"expected a module or a factory that makes one, got {type(source).__name__}")
         try:
-            with no_storage():
-                module = source()
+            module = _call(source)
         except NarrowboatError:
             raise
         except Exception as error:
@@ -75,6 +76,26 @@ def build_skeleton(source: Callable[[], nn.Module] | nn.Module) -> nn.Module:
         if not isinstance(module, nn.Module):
             raise ModelError(f"the model factory returned {type(module).__name__}, not a torch.nn.Module")
     _refuse_foreign(module)
+    return module
+
+
+def _call(source: Callable[[], nn.Module]) -> object:
+    try:
+        with no_storage():
+            return source()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        log.warning(
+            "the model factory reads its weights while it builds (%s), so they exist in full once; "
+            "for a large model, leave that out of the factory",
+            str(error).splitlines()[0],
+        )
+    module = source()
+    if isinstance(module, nn.Module):
+        for parameter in module.parameters():
+            if parameter.device.type == "cpu":
+                _empty_in_place(parameter)
     return module
 
 

@@ -63,4 +63,7 @@ def _put(module: nn.Module, names: list[str], target: torch.Tensor, before: torc
     for name in names:
         owner, _, attribute = name.rpartition(".")
         child = module.get_submodule(owner)
-        (child._parameters if is_parameter else child._buffers)[attribute] = made
+        if isinstance(made, nn.Parameter):
+            child._parameters[attribute] = made
+        else:
+            child._buffers[attribute] = made

@@ -124,7 +124,7 @@ def run_model(
         progress: called with (passes done, passes in all).
 
     Raises:
-        UsageError: ``passes`` below one, no tensor in the output to compare or to save, or a file that cannot be written.
+        UsageError: ``passes`` below one, no tensor in the output to compare or to save, or a bad file name.
         NarrowboatError: as ``nb.stream``.
     """
     if passes < 1:

@@ -96,7 +96,7 @@ def _import_for_children(models: list[str], subjects: list[str]) -> None:
 def main() -> int:
     """Run the benchmark; 0 if it ran, whatever it showed."""
     arguments = _arguments()
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     began = time.perf_counter()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)

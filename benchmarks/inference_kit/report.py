@@ -135,16 +135,19 @@ def write_markdown(
         f"Machine: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, Linux {facts['kernel']}, "
         f"Python {facts['python']}, {packages}, `GOMP_SPINCOUNT={facts['GOMP_SPINCOUNT']}`.",
         "",
-        f"Limit of every subject but plain PyTorch: {facts['memory_limit']}, set to a warm process without a model "
-        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}. "
-        "Everything charged counts, page cache included. Each run is a child process; weights are out of the page cache "
-        "at its start; subjects take turns. *ms / pass* is the median over children of their median passes, without the "
-        "first ones; *x plain* is over plain PyTorch with everything in memory at the same turn; *x bound* is over "
-        "max(plain PyTorch, bytes that cannot be held / storage bandwidth in the same run); *first answer* is from a "
-        "warm process to the first output, cold file; *peak* is resident memory over the process baseline. "
+        f"Every subject but plain PyTorch is limited: {facts['memory_limit']}, set to a warm process without a model "
+        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; everything "
+        "charged counts, page cache included. Each run is a child process; the weights are out of the page cache at its "
+        "start; subjects take turns.",
+        "",
+        "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
+        "PyTorch with everything in memory, at the same turns. *x bound*: over max(plain PyTorch, bytes that cannot be "
+        "held / storage bandwidth in the same run). *first answer*: from a warm process to the first output, cold file. "
+        "*peak*: resident memory over the process baseline, mapped file pages included.",
+        "",
         "diffusers runs over the files of an earlier set-up, which needs all weights in memory. accelerate and "
-        "diffusers run under an allocator policy that gives memory back (as `narrowboat.machine.malloc` sets it), without "
-        "which they are killed at the small budgets.",
+        "diffusers run under an allocator policy that gives memory back (`narrowboat.machine.malloc`); with glibc's own "
+        "accelerate is killed at small budgets, and diffusers comes to hold all weights.",
         "",
     ]
     for model, cells in _by_model(summary):

@@ -57,7 +57,7 @@ class Row:
     @property
     def digests(self) -> set[str]:
         """Digests of the outputs of all rounds."""
-        return {outcome.digest for outcome in self.outcomes if outcome.digest is not None}
+        return {digest for outcome in self.outcomes for digest in outcome.digests}
 
 
 @dataclass(frozen=True)

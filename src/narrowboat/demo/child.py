@@ -26,7 +26,6 @@ SLACK = 64 << 20
 again. The same for every subject."""
 
 _READY_SECONDS = 120.0
-_GRACE_SECONDS = 3.0  # between the time limit in the child, which ends it after a pass, and the kill
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Task:
         budget: bytes, for subjects that know one.
         limit: bytes over its baseline (before :data:`SLACK`) that the kernel lets it take; None for no limit.
         seconds: time limit from the model's name on; None for none.
+        grace: seconds after which a pass that is under way at the time limit is cut off.
         input: an image or array; None for the model's example.
         trace: narrowboat only: where to write a trace of the last two passes.
         cold: drop the weights from the page cache first.
@@ -53,6 +53,7 @@ class Task:
     budget: int | None = None
     limit: int | None = None
     seconds: float | None = None
+    grace: float = 3.0
     input: Path | None = None
     trace: Path | None = None
     cold: bool = True
@@ -68,7 +69,7 @@ class Outcome:
         latency_ms: of the passes that ended.
         bytes_read: from storage, per pass.
         peak_bytes: over its baseline; None if it never was ready.
-        digest: of the last output; None if it was stopped before its end.
+        digests: of the first output and, if it came to its end, of the last.
         limited: whether the kernel held it to the limit.
         stopped_after: seconds after which it was stopped; None if it ended by itself.
         killed: it was stopped in the middle of a pass.
@@ -81,7 +82,7 @@ class Outcome:
     latency_ms: list[float] = field(default_factory=list)
     bytes_read: list[int | None] = field(default_factory=list)
     peak_bytes: int | None = None
-    digest: str | None = None
+    digests: set[str] = field(default_factory=set)
     limited: bool = False
     stopped_after: float | None = None
     killed: bool = False
@@ -247,7 +248,7 @@ def _follow(child: _Child, outcome: Outcome, on_pass: Callable[[int, float], Non
     limit = outcome.task.seconds
     begun = time.monotonic()
     while True:
-        left = None if limit is None else max(begun + limit + _GRACE_SECONDS - time.monotonic(), 0.0)
+        left = None if limit is None else max(begun + limit + outcome.task.grace - time.monotonic(), 0.0)
         try:
             event = child.next_event(left)
         except queue.Empty:
@@ -262,6 +263,8 @@ def _follow(child: _Child, outcome: Outcome, on_pass: Callable[[int, float], Non
         outcome.bytes_read.append(event["bytes_read"])
         outcome.first_answer_ms = event["first_answer_ms"]
         outcome.peak_bytes = event["peak_bytes"]
+        if event["output_digest"] is not None:
+            outcome.digests.add(event["output_digest"])
         on_pass(len(outcome.latency_ms), event["latency_ms"])
 
 
@@ -271,7 +274,7 @@ def _explain(outcome: Outcome, child: _Child, group: MemoryCgroup | None) -> Non
     child.end()
     if child.result is not None:
         outcome.peak_bytes = child.result["peak_bytes"]
-        outcome.digest = child.result["output_digest"]
+        outcome.digests.add(child.result["output_digest"])
         outcome.details = child.result["details"]
         if child.result["stopped"]:
             outcome.stopped_after = outcome.task.seconds

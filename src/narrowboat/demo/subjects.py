@@ -250,6 +250,8 @@ def measure(
                     bytes_read=read[-1],
                     first_answer_ms=first_answer,
                     peak_bytes=peak,
+                    # Of the first pass, so that it is known of a child that is killed later.
+                    output_digest=output_digest(output) if number == 0 else None,
                 )
         details = prepared.details()
         digest = output_digest(output)

@@ -103,7 +103,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _grouped_mm(*args, **kwargs) if func is _GROUPED_MM else func(*args, **kwargs)
         step = len(self.trace.uses) - 1
         inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
         outputs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
@@ -183,6 +183,24 @@ class _Recorder(TorchDispatchMode):
             self.peak = max(self.peak, self.alive + moved)
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
+
+
+_GROUPED_MM = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", object())
+
+
+def _grouped_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The product of expert stacks: PyTorch's own shape rule takes bfloat16 only, its processor kernel any dtype."""
+    dtype = out_dtype or a.dtype
+    if a.dim() == 2 and b.dim() == 2:
+        assert offs is not None
+        return a.new_empty((offs.shape[0], a.shape[0], b.shape[1]), dtype=dtype)
+    return a.new_empty((*a.shape[:-1], b.shape[-1]) if a.dim() == 3 else (a.shape[0], b.shape[-1]), dtype=dtype)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

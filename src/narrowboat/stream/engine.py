@@ -88,6 +88,7 @@ class Engine:
         self._where: dict[Event, list[int]] = {}
         self._pos = -1
         self._pinned: dict[BlockState, int] = {}  # block -> last step of the hold; -1: until the next event
+        self._passing = False  # some block is held until the next event only
         self._uses_of_module: dict[int, list[BlockState]] = {}
         self._holds: list[Hold] = []
         self._has_residents = False
@@ -223,13 +224,16 @@ class Engine:
         now = time.perf_counter()
         pos = self._pos
         if pos >= 0:
-            self.record.spent(pos, now - self._resumed)
+            self.record.step_seconds[pos] += now - self._resumed
         if self.observed is not None:
             self.observed.open_step(event)
         following = pos + 1
         events = self._events
         if following < len(events) and events[following] == event:
             self._pos = following
+            if following not in self._prefetcher.turns and not self._passing and self.observed is None:
+                self._resumed = now
+                return  # nothing begins or ends here
             self._expire(following)
             known = True
         else:
@@ -247,6 +251,7 @@ class Engine:
         self._resumed = time.perf_counter()
 
     def _expire(self, step: int) -> None:
+        self._passing = False
         for block, last in list(self._pinned.items()):
             if last < step:
                 self._unpin(block)
@@ -300,6 +305,7 @@ class Engine:
     def _pin(self, block: BlockState, last: int) -> None:
         if block not in self._pinned:
             block.pins += 1
+        self._passing = self._passing or last < 0
         self._pinned[block] = max(last, self._pinned.get(block, -1))
 
     def _unpin(self, block: BlockState) -> None:

@@ -36,11 +36,6 @@ class PassRecord:
     def __post_init__(self) -> None:
         self.step_seconds = [0.0] * self.steps
 
-    def spent(self, step: int, seconds: float) -> None:
-        """Add computing time to a step (waiting within it has been taken off by ``stalled``)."""
-        if step < len(self.step_seconds):
-            self.step_seconds[step] += seconds
-
     def stalled(self, block: int, seconds: float) -> None:
         """Note a wait for ``block``."""
         self.stall += seconds

@@ -23,6 +23,7 @@ class Prefetcher:
     Attributes:
         order: the uses of one pass, by first step.
         begins: the uses that begin at each step.
+        turns: the steps at which a use begins or has just ended.
     """
 
     def __init__(self, swapper: Swapper) -> None:
@@ -35,6 +36,7 @@ class Prefetcher:
         self.begins: dict[int, list[Hold]] = {}
         for hold in holds:
             self.begins.setdefault(hold[0], []).append(hold)
+        self.turns = {first for first, _, _ in holds} | {last + 1 for _, last, _ in holds}
         self._firsts = [first for first, _, _ in holds]
         self._head = 0  # uses begun, counted over passes
         self._cursor = 0  # uses provided for

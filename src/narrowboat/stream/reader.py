@@ -21,7 +21,8 @@ from pathlib import Path
 
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import FileStamp
-from narrowboat.errors import NarrowboatError, StorageError, WeightsChangedError, WeightsNotFoundError
+from narrowboat.checkpoint.files import storage_error
+from narrowboat.errors import NarrowboatError, StorageError, WeightsChangedError
 from narrowboat.trace import Event, Trace
 
 log = logging.getLogger("narrowboat")
@@ -69,6 +70,8 @@ class WeightsFile:
         self.stamp = stamp
         self.refusal = ""
         self.direct = direct
+        self.fd = -1
+        self._falling_back = threading.Lock()
         flags = os.O_RDONLY | os.O_CLOEXEC
         try:
             if direct:
@@ -81,9 +84,13 @@ class WeightsFile:
                     self.fall_back(error.strerror or "refused")
             else:
                 self.fd = os.open(path, flags)
+            self.check_open_file()
         except OSError as error:
-            raise WeightsNotFoundError(f"cannot open weights file {path}: {error.strerror}") from error
-        self.check_open_file()
+            self.close()
+            raise storage_error(error, f"opening weights file {path}") from error
+        except WeightsChangedError:
+            self.close()
+            raise
 
     def _try_one_page(self) -> None:
         with mmap.mmap(-1, PAGE) as page:
@@ -91,13 +98,16 @@ class WeightsFile:
 
     def fall_back(self, reason: str) -> None:
         """Go on through the page cache, dropped behind every chunk."""
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        if hasattr(self, "fd"):
-            os.dup2(fd, self.fd)
-            os.close(fd)
-        else:
-            self.fd = fd
-        self.direct, self.refusal = False, reason
+        with self._falling_back:
+            if not self.direct:
+                return  # another reader's thread was first
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            if self.fd >= 0:
+                os.dup2(fd, self.fd, inheritable=False)
+                os.close(fd)
+            else:
+                self.fd = fd
+            self.direct, self.refusal = False, reason
         log.warning(
             "%s: direct I/O refused (%s); reading through the page cache, dropped behind each read", self.path, reason
         )
@@ -314,12 +324,20 @@ class Reader:
                     file.fall_back(error.strerror or "refused")
                     continue
                 raise
-            if count == 0:
+            got += count
+            if got >= needed:
+                return
+            if count == 0 or offset + got >= os.fstat(file.fd).st_size:
                 raise WeightsChangedError(
                     f"weights file {file.path} ends at byte {offset + got}, before the weights do: "
                     "it was truncated after it was opened"
                 )
-            got += count
+            if file.direct and got % PAGE:
+                # Direct reads go on from a page boundary only.
+                if count >= PAGE:
+                    got -= got % PAGE
+                else:
+                    file.fall_back("reads shorter than a page")
 
     def _read_staged(self, file: WeightsFile, piece: Extent, slab: Slab, staging: mmap.mmap) -> None:
         head = piece.offset % PAGE

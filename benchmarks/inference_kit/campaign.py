@@ -18,6 +18,7 @@ from narrowboat.machine.cgroup import MemoryCgroup, writable_memory_cgroup
 from narrowboat.machine.pagecache import cached_bytes
 from narrowboat.quantities import format_bytes, format_seconds
 
+_CENTRAL_TIMEOUT = 120.0  # of children without whom there is nothing to compare
 Say = Callable[[str], None]
 
 
@@ -173,14 +174,16 @@ class Campaign:
     def _run_one(self, name: str, budget: Budget, round_number: int) -> None:
         subject = SUBJECTS[name]
         effort = self.effort
-        seconds = effort.seconds if name == "resident" or subject.ours else effort.other_seconds
+        central = name == "resident" or subject.ours
+        seconds = effort.seconds if central else effort.other_seconds
+        timeout = _CENTRAL_TIMEOUT if central else effort.timeout
         self.files.drop_caches()
         path = subject.reads(self.files)
         before = cached_bytes(path)
         group = self.limits.group(budget.nbytes) if subject.limited else None
         body = partial(_run, name, self.files, budget.nbytes, effort.passes, seconds)
         try:
-            outcome = run_child(body, log=self._log(name), timeout=effort.timeout, group=group)
+            outcome = run_child(body, log=self._log(name), timeout=timeout, group=group)
             growth = cached_bytes(path) - before
         finally:
             if group is not None:

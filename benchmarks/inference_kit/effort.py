@@ -15,7 +15,7 @@ class Effort:
         passes: passes after the first answer.
         seconds: no pass is begun so long after the first answer.
         other_seconds: the same for the peers; the slow ones still complete one pass.
-        timeout: a child is killed after so many seconds.
+        timeout: a peer is killed after so many seconds; what it has shown until then is kept.
     """
 
     rounds: int
@@ -28,11 +28,11 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "resnet101": Effort(3, 1, 12, 2.0, 1.0, 8.0),
-    "vgg19": Effort(2, 1, 9, 3.0, 1.5, 8.0),
-    "yolov3": Effort(2, 1, 9, 3.0, 1.5, 8.0),
-    "fcn": Effort(2, 1, 9, 3.0, 1.5, 8.0),
-    "vit_large": Effort(2, 1, 7, 6.0, 2.0, 10.0),
-    "llama_1b": Effort(1, 1, 5, 12.0, 2.0, 20.0),
+    "vgg19": Effort(2, 1, 9, 3.0, 1.5, 10.0),
+    "yolov3": Effort(2, 1, 9, 3.0, 1.5, 10.0),
+    "fcn": Effort(2, 1, 9, 3.0, 1.5, 10.0),
+    "vit_large": Effort(2, 1, 7, 6.0, 2.0, 14.0),
+    "llama_1b": Effort(1, 1, 5, 12.0, 2.0, 30.0),
 }
 _QUICK = Effort(1, 1, 6, 4.0, 2.0, 15.0)
 

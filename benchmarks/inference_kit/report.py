@@ -64,7 +64,9 @@ def _values(cell: dict[str, Any], name: str) -> tuple[str, ...]:
     exact = {True: "yes", False: f"no ({row['difference']:.0e})" if row["difference"] is not None else "no", None: "-"}
     steady = f"{row['steady_s'] * 1e3:.0f}" if row["steady_s"] is not None else "-"
     if row["status"] != "ok":
-        steady = {"oom": "killed", "timeout": f"{steady} (stopped)", "error": "refused"}[row["status"]]
+        steady = {"oom": "killed", "timeout": f"{steady} (stopped)", "error": "failed"}[row["status"]]
+        if row["detail"].startswith("BudgetError"):
+            steady = "refused"
     peak = row["peak_bytes"]
     read = row["bytes_read"]
     return (
@@ -136,18 +138,18 @@ def write_markdown(
         f"Python {facts['python']}, {packages}, `GOMP_SPINCOUNT={facts['GOMP_SPINCOUNT']}`.",
         "",
         f"Every subject but plain PyTorch is limited: {facts['memory_limit']}, set to a warm process without a model "
-        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; everything "
-        "charged counts, page cache included. Each run is a child process; the weights are out of the page cache at its "
-        "start; subjects take turns.",
+        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; "
+        "everything charged counts, page cache included. Each run is a child process, subjects take turns, and the weights are "
+        "out of the page cache at the start of each.",
         "",
         "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
-        "PyTorch with everything in memory, at the same turns. *x bound*: over max(plain PyTorch, bytes that cannot be "
-        "held / storage bandwidth in the same run). *first answer*: from a warm process to the first output, cold file. "
-        "*peak*: resident memory over the process baseline, mapped file pages included.",
+        "PyTorch with everything in memory, at the same turns. *x bound*: over max(plain PyTorch, bytes that cannot "
+        "be held / storage bandwidth in the same run). *first answer*: from a warm process to the first output, cold "
+        "file. *peak*: resident memory over the process baseline, mapped file pages included.",
         "",
         "diffusers runs over the files of an earlier set-up, which needs all weights in memory. accelerate and "
-        "diffusers run under an allocator policy that gives memory back (`narrowboat.machine.malloc`); with glibc's own "
-        "accelerate is killed at small budgets, and diffusers comes to hold all weights.",
+        "diffusers run under an allocator policy that gives memory back (`narrowboat.machine.malloc`); with glibc's "
+        "own, accelerate is killed at small budgets, and diffusers comes to hold all weights.",
         "",
     ]
     for model, cells in _by_model(summary):

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from narrowboat.demo.photos import PhotosReport
     from narrowboat.demo.vision import Comparison
 
+_BUSY = 0.75
+"""Processes per core before the demo's own children run, above which times are marked as doubtful."""
+
 
 def demo(
     folder: Annotated[
@@ -167,6 +170,10 @@ def _notes(report: Comparison) -> list[str]:
         elif outcome.stopped_after is not None:
             done = len(outcome.latency_ms)
             lines.append(f"{TITLES[subject]}: stopped after {outcome.stopped_after:.0f} s with {done} passes done.")
+    if report.load > _BUSY:
+        lines.append(
+            f"This machine was busy with other work ({report.load:.1f} processes per core): times say little."
+        )
     lines.append(
         f"Timeline: {report.timeline}" if report.timeline is not None else f"No timeline: {report.no_timeline}"
     )

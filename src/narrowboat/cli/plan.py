@@ -37,7 +37,7 @@ def plan(
     bytes_allowed = resolve_budget(budget)
     speed = None if bandwidth is None else float(parse_bytes(bandwidth, what="bandwidth"))
     request = find_request(model, weights, input)
-    from narrowboat.plan.make import summary
+    from narrowboat.plan.result import summary
     from narrowboat.report.foresee import foresee
 
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None

@@ -7,77 +7,21 @@ equals the smallest window, because what the window does not take is resident.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from narrowboat.errors import BudgetError
 from narrowboat.plan.layout import peak_held, place
 from narrowboat.plan.model import Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
+from narrowboat.plan.result import Plan
 from narrowboat.plan.timing import Timing, simulate
-from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.quantities import format_bytes
 
 PAGE = 4096
 _SPREADS: tuple[Spread, ...] = (evenly_by_time, evenly_by_bytes)
 _PATIENCE = 6  # candidates in a row that bring nothing before the search ends
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Decisions for one budget, and what they are predicted to give.
-
-    Attributes:
-        budget: bytes the whole session may use over the process baseline.
-        minimum: the smallest budget for which a plan exists, bytes.
-        limiter: the part that sets the minimum.
-        fixed_bytes: buffers, activations, workspaces and staging (``fixed_parts`` names them).
-        resident: indices of the blocks that stay in.
-        streamed: indices of the others, in order of first use.
-        offsets: arena offset of every block, by block index.
-        resident_bytes, window_bytes: the two zones of the arena.
-        timing: predicted steady pass.
-        blocks: the blocks the indices mean.
-        machine: the storage the prediction rests on.
-    """
-
-    budget: int
-    minimum: int
-    limiter: str
-    fixed_bytes: int
-    fixed_parts: tuple[tuple[str, int], ...]
-    blocks: tuple[Block, ...]
-    resident: frozenset[int]
-    streamed: tuple[int, ...]
-    offsets: tuple[int, ...]
-    resident_bytes: int
-    window_bytes: int
-    timing: Timing
-    machine: Machine
-
-    @property
-    def arena_bytes(self) -> int:
-        """Bytes of the slab."""
-        return self.resident_bytes + self.window_bytes
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights as laid in the arena."""
-        return sum(block.nbytes for block in self.blocks)
-
-    @property
-    def predicted_latency(self) -> float:
-        """Seconds per pass in the steady state."""
-        return self.timing.latency
-
-    @property
-    def bound(self) -> float:
-        """Seconds no plan with this resident set can beat: the longer of computing and reading."""
-        return max(self.timing.compute, self.timing.bytes_read / self.machine.bandwidth)
-
-    def __str__(self) -> str:
-        from narrowboat.plan.explain import explain
-
-        return explain(self)
 
 
 def minimum_budget(workload: Workload) -> tuple[int, str]:
@@ -118,11 +62,12 @@ def make_plan(workload: Workload, machine: Machine, budget: int) -> Plan:
     Raises:
         BudgetError: no plan fits; carries the smallest budget that would do and the layer that sets it.
     """
-    minimum, limiter = check_budget(workload, budget)
+    least = check_budget(workload, budget)
     room = budget - workload.fixed_bytes
     best: Plan | None = None
     worse = 0
-    for resident, streamed, places, window in _candidates(workload, room):
+    for candidate in _candidates(workload, room):
+        resident, streamed, places, _ = candidate
         timing = simulate(workload, machine, resident, streamed, places, passes=3)
         # A window has to earn its bytes: half a percent, or the smaller one stays.
         if best is not None and timing.latency > best.timing.latency * (1 - 5e-3):
@@ -131,7 +76,7 @@ def make_plan(workload: Workload, machine: Machine, budget: int) -> Plan:
                 break
             continue
         worse = 0
-        best = _assemble(workload, machine, budget, minimum, limiter, resident, streamed, places, window, timing)
+        best = _assemble(workload, machine, budget, least, candidate, timing)
     assert best is not None  # the least window is among the candidates
     return best
 
@@ -155,7 +100,10 @@ def check_budget(workload: Workload, budget: int) -> tuple[int, str]:
     return minimum, limiter
 
 
-def _candidates(workload: Workload, room: int):  # type: ignore[no-untyped-def]
+Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]
+
+
+def _candidates(workload: Workload, room: int) -> Iterator[Candidate]:
     """Yield ``(resident, streamed, offsets in the window, window bytes)``, smallest window first."""
     blocks = workload.blocks
     if workload.weight_bytes <= room:
@@ -184,9 +132,15 @@ def _candidates(workload: Workload, room: int):  # type: ignore[no-untyped-def]
                 yield resident, streamed, places, window
 
 
-def _assemble(  # type: ignore[no-untyped-def]
-    workload, machine, budget, minimum, limiter, resident, streamed, places, window, timing
+def _assemble(
+    workload: Workload,
+    machine: Machine,
+    budget: int,
+    least: tuple[int, str],
+    candidate: Candidate,
+    timing: Timing,
 ) -> Plan:
+    resident, streamed, places, _ = candidate
     blocks = workload.blocks
     offsets = [0] * len(blocks)
     for i, offset in zip(streamed, places, strict=True):
@@ -198,8 +152,8 @@ def _assemble(  # type: ignore[no-untyped-def]
         at += blocks[i].nbytes
     return Plan(
         budget=budget,
-        minimum=minimum,
-        limiter=limiter,
+        minimum=least[0],
+        limiter=least[1],
         fixed_bytes=workload.fixed_bytes,
         fixed_parts=workload.fixed_parts,
         blocks=blocks,
@@ -217,27 +171,3 @@ def retime(plan: Plan, workload: Workload, machine: Machine) -> Plan:
     """The same decisions with the prediction made anew from better measurements."""
     timing = simulate(workload, machine, plan.resident, plan.streamed, [plan.offsets[i] for i in plan.streamed])
     return replace(plan, timing=timing, machine=machine)
-
-
-def summary(plan: Plan) -> dict[str, object]:
-    """The plan as JSON values; sizes in bytes, times in milliseconds."""
-    return {
-        "budget_bytes": plan.budget,
-        "min_budget_bytes": plan.minimum,
-        "limiter": plan.limiter,
-        "fixed_bytes": plan.fixed_bytes,
-        "fixed_parts": dict(plan.fixed_parts),
-        "weight_bytes": plan.weight_bytes,
-        "resident_bytes": plan.resident_bytes,
-        "window_bytes": plan.window_bytes,
-        "blocks": len(plan.blocks),
-        "resident_blocks": len(plan.resident),
-        "bytes_read_per_pass": plan.timing.bytes_read,
-        "predicted_latency_ms": plan.timing.latency * 1e3,
-        "predicted_stall_ms": plan.timing.stall * 1e3,
-        "compute_ms": plan.timing.compute * 1e3,
-        "bound_ms": plan.bound * 1e3,
-        "bandwidth_bytes_per_s": plan.machine.bandwidth,
-        "text": f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window, "
-        f"{format_seconds(plan.timing.latency)} per pass",
-    }

@@ -13,7 +13,7 @@ from torch import nn
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.machine.storage_choice import StorageChoice
-from narrowboat.plan.make import Plan
+from narrowboat.plan.result import Plan
 from narrowboat.plan.model import Machine
 from narrowboat.profile.warmup import warm_up
 from narrowboat.stream.prepare import Prepared, prepare

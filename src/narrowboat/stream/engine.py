@@ -17,7 +17,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
 from narrowboat.errors import SessionClosedError
-from narrowboat.plan.make import Plan
+from narrowboat.plan.result import Plan
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
 from narrowboat.stream.blocks import BlockState, State
 from narrowboat.stream.passes import PassRecord

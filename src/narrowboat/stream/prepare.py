@@ -16,8 +16,9 @@ from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import BudgetError, ModelError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
-from narrowboat.plan.make import Plan, check_budget, make_plan, minimum_budget
+from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
+from narrowboat.plan.result import Plan
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.memory import activation_parts, fault_seconds
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights

@@ -24,8 +24,9 @@ from narrowboat.errors import BudgetError, GradientError, NarrowboatError, Strea
 from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.openmp import openmp_status
-from narrowboat.plan.make import Plan, retime
+from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
+from narrowboat.plan.result import Plan
 from narrowboat.profile.skeleton import attach_slots
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group

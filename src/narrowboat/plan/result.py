@@ -1,0 +1,112 @@
+"""The plan as a value: the decisions for one budget, the prediction, and both in words and in JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from narrowboat.plan.model import Block, Machine
+from narrowboat.plan.timing import Timing
+from narrowboat.quantities import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Decisions for one budget, and what they are predicted to give.
+
+    Attributes:
+        budget: bytes the whole session may use over the process baseline.
+        minimum: the smallest budget for which a plan exists, bytes.
+        limiter: the part that sets the minimum.
+        fixed_bytes: buffers, activations, workspaces and staging (``fixed_parts`` names them).
+        resident: indices of the blocks that stay in.
+        streamed: indices of the others, in order of first use.
+        offsets: arena offset of every block, by block index.
+        resident_bytes, window_bytes: the two zones of the arena.
+        timing: predicted steady pass.
+        blocks: the blocks the indices mean.
+        machine: the storage the prediction rests on.
+    """
+
+    budget: int
+    minimum: int
+    limiter: str
+    fixed_bytes: int
+    fixed_parts: tuple[tuple[str, int], ...]
+    blocks: tuple[Block, ...]
+    resident: frozenset[int]
+    streamed: tuple[int, ...]
+    offsets: tuple[int, ...]
+    resident_bytes: int
+    window_bytes: int
+    timing: Timing
+    machine: Machine
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the slab."""
+        return self.resident_bytes + self.window_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as laid in the arena."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def predicted_latency(self) -> float:
+        """Seconds per pass in the steady state."""
+        return self.timing.latency
+
+    @property
+    def bound(self) -> float:
+        """Seconds no plan with this resident set can beat: the longer of computing and reading."""
+        return max(self.timing.compute, self.timing.bytes_read / self.machine.bandwidth)
+
+    def __str__(self) -> str:
+        return explain(self)
+
+
+def explain(plan: Plan) -> str:
+    """Several lines: where the budget goes, what a pass reads, how long it takes and what it waits for."""
+    timing = plan.timing
+    lines = [
+        f"budget        {format_bytes(plan.budget)}  "
+        f"(smallest possible {format_bytes(plan.minimum)}, set by {plan.limiter})",
+        f"weights       {format_bytes(plan.weight_bytes)} in {len(plan.blocks)} blocks",
+        f"  resident    {format_bytes(plan.resident_bytes)} in {len(plan.resident)} blocks",
+        f"  window      {format_bytes(plan.window_bytes)} shared by {len(plan.streamed)} streamed blocks",
+    ]
+    lines += [f"  {name:<12}{format_bytes(nbytes)}" for name, nbytes in plan.fixed_parts if nbytes]
+    lines += [
+        f"reads         {format_bytes(timing.bytes_read)} per pass at {plan.machine.bandwidth / 1e9:.2f} GB/s",
+        f"predicted     {format_seconds(timing.latency)} per pass: {format_seconds(timing.compute)} computing, "
+        f"{format_seconds(timing.stall)} waiting (bound {format_seconds(plan.bound)})",
+    ]
+    worst = sorted(timing.stall_by_block.items(), key=lambda item: -item[1])[:3]
+    if timing.stall > 0.01 * timing.latency:
+        waits = ", ".join(f"{plan.blocks[i].name} {format_seconds(seconds)}" for i, seconds in worst)
+        lines.append(f"waits most    {waits}")
+    return "\n".join(lines)
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """The plan as JSON values; sizes in bytes, times in milliseconds."""
+    return {
+        "budget_bytes": plan.budget,
+        "min_budget_bytes": plan.minimum,
+        "limiter": plan.limiter,
+        "fixed_bytes": plan.fixed_bytes,
+        "fixed_parts": dict(plan.fixed_parts),
+        "weight_bytes": plan.weight_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "window_bytes": plan.window_bytes,
+        "blocks": len(plan.blocks),
+        "resident_blocks": len(plan.resident),
+        "bytes_read_per_pass": plan.timing.bytes_read,
+        "predicted_latency_ms": plan.timing.latency * 1e3,
+        "predicted_stall_ms": plan.timing.stall * 1e3,
+        "compute_ms": plan.timing.compute * 1e3,
+        "bound_ms": plan.bound * 1e3,
+        "bandwidth_bytes_per_s": plan.machine.bandwidth,
+        "text": f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window, "
+        f"{format_seconds(plan.timing.latency)} per pass",
+    }

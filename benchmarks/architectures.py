@@ -159,6 +159,7 @@ def _work(args: Any) -> int:
 
 def _check(built: Any, result: dict[str, Any], variants: list[str] | None) -> None:
     import torch
+
     from architecture_kit import check
 
     reference = check.Reference(check.run_passes(built.model, built.inputs))

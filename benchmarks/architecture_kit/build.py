@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
 from architecture_kit.inputs import candidates
 from architecture_kit.overrides import OVERRIDES
 from architecture_kit.shrink import PROFILES, Profile, shrink
-from torch import nn
-
 from narrowboat.profile import no_storage
 
 MOST_PARAMETERS = 40_000_000

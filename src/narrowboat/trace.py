@@ -35,7 +35,7 @@ class Event:
 class Trace:
     """The events of the last passes, oldest first; older ones are dropped so that memory stays bounded."""
 
-    def __init__(self, limit: int = 20_000) -> None:
+    def __init__(self, limit: int = 4_000) -> None:
         self._events: deque[Event] = deque(maxlen=limit)
 
     def add(self, event: Event) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from narrowboat.checkpoint import pack
-from narrowboat.cli.model import ResolvedModel
-from narrowboat.cli.request import Request
 from narrowboat.demo.subjects import SUBJECTS, main, measure
 from narrowboat.errors import UsageError
 from narrowboat.zoo.model import IMAGENET_MEAN, IMAGENET_STD
+from narrowboat.zoo.request import Request
+from narrowboat.zoo.resolve import ResolvedModel
 
 KEYS = {
     "subject", "model", "weights", "budget_bytes", "first_answer_ms", "latency_ms", "bytes_read", "baseline_bytes",

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from architecture_kit import check  # noqa: E402
-from architecture_kit.build import build  # noqa: E402
+from architecture_kit import check
+from architecture_kit.build import build
 
 # model type -> class, profile and inputs that are known to build, so that nothing has to be searched for
 KINDS = {
@@ -43,7 +43,9 @@ def test_forward_and_generate_have_plain_pytorchs_bits(model_type: str, tmp_path
     built = build(model_type, {"class_name": class_name, "profile": profile, "candidate": candidate})
     reference = check.Reference(check.run_passes(built.model, built.inputs))
     assert any(
-        torch.isfinite(t).any() for _, t in reference.passes[0] if isinstance(t, torch.Tensor) and t.is_floating_point()
+        torch.isfinite(t).any()
+        for _, t in reference.passes[0]
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
     )
     if getattr(built.model, "can_generate", lambda: False)():
         reference.generated = check.run_generate(built.model, built.inputs)

@@ -61,7 +61,9 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_need_all_the_bytes_is_refused_by_name_and_changes_nothing(model: Any, deep: Any, name: str) -> None:
+def test_what_would_need_all_the_bytes_is_refused_by_name_and_changes_nothing(
+    model: Any, deep: Any, name: str
+) -> None:
     with pytest.raises(StreamedModelError, match="streamed"):
         REFUSED[name](model)
     assert deep.right(model, 2)
@@ -160,7 +162,9 @@ def test_a_view_taken_while_the_weight_was_in_keeps_its_bytes(model: Any, deep: 
         return [
             i
             for i, layer in enumerate(deep.plain.layers)
-            if not torch.equal(torch.as_tensor(first[i]), VIEWS["detached"](torch.as_tensor(VIEWS[name](layer.fc.weight))))
+            if not torch.equal(
+                torch.as_tensor(first[i]), VIEWS["detached"](torch.as_tensor(VIEWS[name](layer.fc.weight)))
+            )
         ]
 
     assert wrong() == []

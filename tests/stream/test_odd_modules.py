@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architecture_kit import check
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import narrowboat as nb
+from architecture_kit import check
 from narrowboat.errors import StreamedModelError
 
 WIDTH = 32
@@ -438,4 +438,4 @@ def test_batch_norm_in_training_mode_is_refused_or_right(stream: Any) -> None:
             for _ in range(3):
                 assert torch.equal(streamed(_x()), plain(_x()))
     except StreamedModelError as error:
-        assert "eval()" in str(error)  # noqa: PT017
+        assert "eval()" in str(error)

@@ -81,7 +81,14 @@ def replace_preadv(monkeypatch: pytest.MonkeyPatch, instead: Callable[[Any, int,
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(
     ("offset", "nbytes", "target"),
-    [(0, SIZE, 0), (PAGE, 3 * PAGE, 5 * PAGE), (0, CHUNK + PAGE, PAGE), (100, 1, 64), (4095, 4098, 128), (7, CHUNK * 3 + 5, 64)],
+    [
+        (0, SIZE, 0),
+        (PAGE, 3 * PAGE, 5 * PAGE),
+        (0, CHUNK + PAGE, PAGE),
+        (100, 1, 64),
+        (4095, 4098, 128),
+        (7, CHUNK * 3 + 5, 64),
+    ],
 )
 def test_any_extent_arrives_where_it_is_wanted(
     open_kit: Callable[..., Kit], direct: bool, offset: int, nbytes: int, target: int
@@ -133,9 +140,11 @@ def test_short_reads_are_gone_on_with(
     kit = open_kit(direct=direct)
     replace_preadv(
         monkeypatch,
-        lambda real, fd, buffers, offset: real(fd, [memoryview(buffers[0])[: -(-piece // PAGE) * PAGE]], offset)
-        if piece % PAGE == 0
-        else min(real(fd, buffers, offset), piece),
+        lambda real, fd, buffers, offset: (
+            real(fd, [memoryview(buffers[0])[: -(-piece // PAGE) * PAGE]], offset)
+            if piece % PAGE == 0
+            else min(real(fd, buffers, offset), piece)
+        ),
     )
     assert kit.read(0, 6 * PAGE, PAGE) == CONTENT[: 6 * PAGE]
     assert kit.read(33, 9000, 64) == CONTENT[33:9033]

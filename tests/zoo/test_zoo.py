@@ -113,8 +113,8 @@ def test_efficientnet_knows_a_cup_of_coffee_and_a_cat() -> None:
     import skimage
     from safetensors.torch import load_file
 
-    from narrowboat.cli.model import resolve_model
     from narrowboat.zoo.imagenet import class_names
+    from narrowboat.zoo.resolve import resolve_model
 
     module = zoo.efficientnet_lite2()
     module.load_state_dict(load_file(zoo.efficientnet_lite2.weights()))

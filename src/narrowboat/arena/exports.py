@@ -1,7 +1,7 @@
 """Raw pointers into the arena: NumPy arrays and DLPack capsules made of a weight that is in.
 
-A tensor that shares a weight's bytes can be given a new place when the arena's is reused; an array holds a bare pointer
-and cannot. So while an arena is open, ``Tensor.numpy()`` and ``Tensor.__dlpack__()`` of a tensor that lies in it work
+A tensor that shares a weight's bytes can be given a new place when the arena's is reused; an array holds a bare
+pointer and cannot. So while an arena is open, ``Tensor.numpy()`` and ``Tensor.__dlpack__()`` of a tensor that lies in it work
 on a copy. Other tensors are not affected.
 """
 
@@ -26,7 +26,7 @@ def watch(address: int, nbytes: int) -> int:
         ticket = next(_tickets)
         _ranges[ticket] = (address, address + nbytes)
         torch.Tensor.numpy = _safe_numpy  # type: ignore[method-assign, assignment]
-        torch.Tensor.__dlpack__ = _safe_dlpack  # type: ignore[method-assign, assignment]
+        torch.Tensor.__dlpack__ = _safe_dlpack  # type: ignore[method-assign]
     return ticket
 
 

@@ -62,7 +62,8 @@ class Slab:
         except OSError as error:
             if error.errno in (errno.ENOMEM, errno.EFAULT):
                 raise StorageError(
-                    f"cannot populate {format_bytes(self.nbytes)} of memory: {os.strerror(error.errno)}; lower the budget"
+                    f"cannot populate {format_bytes(self.nbytes)} of memory: {os.strerror(error.errno)}; "
+                    "lower the budget"
                 ) from error
             return False
         return True
@@ -94,6 +95,5 @@ class Slab:
         The mapping is not closed by hand: ``torch.frombuffer`` keeps the mapping object alive, but not locked.
         """
         forget(self._ticket)
-        self.address = 0  # another arena may be given this address before ``__del__`` runs
         self._view.release()
-        del self._map
+        self.__dict__.pop("_map", None)

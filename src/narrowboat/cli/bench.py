@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from narrowboat.cli.output import print_json, print_table, progress_bar
-from narrowboat.cli.request import find_request
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
+from narrowboat.zoo.request import find_request
 
 
 def bench(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from narrowboat.cli.model import resolve_model
 from narrowboat.cli.output import print_facts, print_json, progress_bar
 from narrowboat.quantities import format_bytes
+from narrowboat.zoo.resolve import resolve_model
 
 
 def pack(

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from narrowboat.cli.budget import resolve_budget
 from narrowboat.cli.output import print_json, print_table
-from narrowboat.cli.request import find_request, resolve_budget
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
+from narrowboat.zoo.request import find_request
 
 
 def plan(

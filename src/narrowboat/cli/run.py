@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from narrowboat.cli.budget import resolve_budget
 from narrowboat.cli.output import print_error, print_facts, print_json, print_table, progress_bar
-from narrowboat.cli.request import find_request, resolve_budget
 from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.zoo.request import find_request
 
 if TYPE_CHECKING:
     from narrowboat.report.run import RunReport

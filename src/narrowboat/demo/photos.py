@@ -11,7 +11,6 @@ import numpy
 import torch
 
 from narrowboat.checkpoint import open_index
-from narrowboat.cli.model import load_input
 from narrowboat.errors import UsageError
 from narrowboat.machine.malloc import MallocPolicy
 from narrowboat.machine.memory import process_memory, reset_peak
@@ -22,6 +21,7 @@ from narrowboat.stream.api import session, stream
 from narrowboat.stream.prepare import prepare
 from narrowboat.zoo import efficientnet_lite2
 from narrowboat.zoo.imagenet import class_names
+from narrowboat.zoo.resolve import load_input
 
 PHOTOS = ("astronaut", "coffee", "cat")
 SHARE = 0.4

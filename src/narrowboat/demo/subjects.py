@@ -39,11 +39,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrowboat.cli.request import Request, find_request
 from narrowboat.errors import NarrowboatError, UsageError
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.machine.openmp import apply_openmp_policy
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
+from narrowboat.zoo.request import Request, find_request
 
 if TYPE_CHECKING:
     from torch import nn

@@ -128,6 +128,9 @@ def _candidates(workload: Workload, room: int) -> Iterator[Candidate]:
             seen.add((window, resident))
             streamed = tuple(i for i in range(len(blocks)) if i not in resident)
             places = place([blocks[i] for i in streamed], window)
+            if places is None:  # fewer blocks may fit worse; where all of them fit, their places will do
+                whole = place(blocks, window)
+                places = [whole[i] for i in streamed] if whole is not None else None
             if places is not None:
                 yield resident, streamed, places, window
 

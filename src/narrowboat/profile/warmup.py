@@ -41,20 +41,28 @@ class _Sampler(nn.Module):
         return self.head(F.gelu(x) * F.silu(x) + torch.tanh(x).softmax(-1)).argmax(-1)
 
 
+def _sample() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    return _Sampler().eval(), (torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, dtype=torch.long))
+
+
 @cache
 def warm_up() -> None:
-    """Do it once per process; costs about two seconds. Leaves the allocator policy strict; the session chooses."""
+    """Kernels and thread pools, once per process. Leaves the allocator policy strict; the session chooses."""
     # Nothing of this may leave holes in the heap: a pass would fill them again, on top of the baseline.
     set_malloc_policy(MallocPolicy.STRICT)
-    sampler = _Sampler().eval()
-    example = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 4, dtype=torch.long))
+    sampler, example = _sample()
     with torch.inference_mode():
         sampler(*example)
         # Large enough for every thread to take its packing buffer.
         F.conv2d(torch.zeros(1, 64, 56, 56), torch.zeros(64, 64, 3, 3), padding=1)
         compute_rates(torch.get_num_threads())
-    with contextlib.suppress(
-        TraceError
-    ):  # if fake execution fails here it fails for the model too, and says why there
+
+
+@cache
+def warm_up_tracer() -> None:
+    """The Python modules of fake execution, once per process; costs a second or two. Needed only to trace."""
+    sampler, example = _sample()
+    # Where fake execution fails here it fails for the model too, and says why there.
+    with contextlib.suppress(TraceError):
         trace_uses(sampler, {}, example, {})
     gc.collect()

@@ -13,8 +13,8 @@ from torch import nn
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.machine.storage_choice import StorageChoice
-from narrowboat.plan.result import Plan
 from narrowboat.plan.model import Machine
+from narrowboat.plan.result import Plan
 from narrowboat.profile.warmup import warm_up
 from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile

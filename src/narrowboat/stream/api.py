@@ -100,7 +100,14 @@ def stream(
         prepared = prepare(model, weights, pair, strict=strict)
         # Everything that can be refused is refused before the module is touched.
         prepared.check(nbytes)
-        made = Session(prepared, budget=nbytes, io=io, lock_memory=lock_memory, baseline=baseline, cleanup=cleanup)
+        made = Session(
+            prepared,
+            budget=nbytes,
+            io=io,
+            lock_memory=lock_memory,
+            baseline=baseline + prepared.library_bytes,
+            cleanup=cleanup,
+        )
     except BaseException:
         if cleanup is not None:
             cleanup()

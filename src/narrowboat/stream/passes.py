@@ -48,6 +48,11 @@ class PassRecord:
         self.read_busy = busy - self.busy_before
         self.complete = complete
 
+    def forget_details(self) -> None:
+        """Keep the sums only, so that memory does not grow with the passes."""
+        self.step_seconds = []
+        self.stall_by_block = {}
+
     @property
     def compute(self) -> float:
         """Seconds not spent waiting."""

@@ -15,6 +15,7 @@ from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import BudgetError, ModelError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
+from narrowboat.machine.memory import process_memory
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
 from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
@@ -22,7 +23,9 @@ from narrowboat.plan.result import Plan
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.memory import activation_parts, fault_seconds
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
+from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
+from narrowboat.profile.warmup import warm_up_tracer
 from narrowboat.profile.workload import Group, form_groups
 
 NO_EXAMPLE = "no example inputs"
@@ -46,6 +49,7 @@ class Prepared:
         policy: how the allocator treats freed activations.
         overrun: bytes by which a pass was seen to pass the reserve.
         why_untraced: why ``trace`` is None.
+        library_bytes: resident memory that loading the tracer took: the process's, and not the model's.
     """
 
     module: nn.Module
@@ -57,6 +61,7 @@ class Prepared:
     storage: StorageChoice
     step_seconds: tuple[float, ...] = ()
     why_untraced: str = ""
+    library_bytes: int = 0
     policy: MallocPolicy = MallocPolicy.DEFAULT
     measured: bool = False
     overrun: int = 0
@@ -146,13 +151,21 @@ def prepare(
     index = open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
-    trace, why = None, NO_EXAMPLE
+    trace: UseTrace | None = None
+    why, libraries = NO_EXAMPLE, 0
     if example is not None:
         _refuse_foreign_arguments(module, example)
-        try:
-            trace = trace_uses(module, matched.numbers, *example)
-        except TraceError as error:
-            why = str(error)
+        key = fingerprint(module, *example)
+        trace = load_trace(key)
+        if trace is None:
+            before = process_memory().rss
+            warm_up_tracer()
+            libraries = max(process_memory().rss - before, 0)
+            try:
+                trace = trace_uses(module, matched.numbers, *example)
+                save_trace(key, trace)
+            except TraceError as error:
+                why = str(error)
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
@@ -168,6 +181,7 @@ def prepare(
         storage,
         estimate_steps(trace) if trace is not None else (),
         "" if trace is not None else why,
+        libraries,
     )
 
 

@@ -372,6 +372,8 @@ class Session:
             return
         for file in self._files:
             file.check_open_file()
+        if self._records:
+            self._records[-1].forget_details()
         self._records.append(record)
         self._passes += 1
         self._complete += record.complete

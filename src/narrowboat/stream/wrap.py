@@ -25,12 +25,14 @@ _MARK = "_narrowboat_engine"
 def wrap_modules(root: nn.Module, engine: Engine) -> None:
     """Wrap every module of ``root`` that has weights below it, and ``root`` itself."""
     for number, (name, module) in enumerate(root.named_modules()):
+        # A module without weights may be one object in many models (an activation kept in a table, say).
+        if module is not root and not announces(module):
+            continue
         module.__dict__[_MARK] = engine
         _guard(module, name)
-        if module is root or announces(module):
-            forward = module.forward
-            module.__dict__["_narrowboat_forward"] = module.__dict__.get("forward")
-            module.forward = _wrap(engine, number, forward)
+        forward = module.forward
+        module.__dict__["_narrowboat_forward"] = module.__dict__.get("forward")
+        module.forward = _wrap(engine, number, forward)
 
 
 def unwrap_modules(root: nn.Module) -> None:

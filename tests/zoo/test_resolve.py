@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from narrowboat.cli.model import load_input, resolve_model
 from narrowboat.errors import ModelError, UsageError
+from narrowboat.zoo.resolve import load_input, resolve_model
 
 
 def test_a_factory_is_found_with_its_example() -> None:

@@ -1,4 +1,4 @@
-"""What ``run``, ``plan`` and ``bench`` have in common: the model, its weights, its inputs and the budget."""
+"""A model to run: what a person named, its weights and its inputs, found together."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from narrowboat.cli.model import ResolvedModel, resolve_model
-from narrowboat.cli.output import error_console
 from narrowboat.errors import UsageError
-from narrowboat.machine.memory import memory_limits
-from narrowboat.quantities import format_bytes, parse_bytes
+from narrowboat.zoo.resolve import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
     from torch import nn
-
-SHARE_OF_AVAILABLE = 0.8
-"""What is taken of the available memory where no budget is given; the rest is for everybody else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +69,3 @@ def _in_eval_mode(factory: Callable[..., Any]) -> Callable[[], nn.Module]:
 
     make.__qualname__ = str(getattr(factory, "__qualname__", None) or getattr(factory, "name", repr(factory)))
     return make
-
-
-def resolve_budget(text: str | None) -> int:
-    """The budget in bytes; without one, four fifths of what this process can still take, said on stderr.
-
-    Raises:
-        QuantityError: not a byte size.
-    """
-    if text is not None:
-        return parse_bytes(text)
-    limits = memory_limits()
-    budget = int(limits.available * SHARE_OF_AVAILABLE)
-    error_console().print(
-        f"budget: {format_bytes(budget)}, {SHARE_OF_AVAILABLE:.0%} of what is left under {escape(limits.limiter)}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return budget

@@ -1,0 +1,30 @@
+"""The budget of a command."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from narrowboat.cli.output import error_console
+from narrowboat.machine.memory import memory_limits
+from narrowboat.quantities import format_bytes, parse_bytes
+
+SHARE_OF_AVAILABLE = 0.8
+"""What is taken of the available memory where no budget is given; the rest is for everybody else."""
+
+
+def resolve_budget(text: str | None) -> int:
+    """The budget in bytes; without one, four fifths of what this process can still take, said on stderr.
+
+    Raises:
+        QuantityError: not a byte size.
+    """
+    if text is not None:
+        return parse_bytes(text)
+    limits = memory_limits()
+    budget = int(limits.available * SHARE_OF_AVAILABLE)
+    error_console().print(
+        f"budget: {format_bytes(budget)}, {SHARE_OF_AVAILABLE:.0%} of what is left under {escape(limits.limiter)}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return budget

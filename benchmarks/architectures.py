@@ -148,7 +148,8 @@ def _work(args: Any) -> int:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             text = f"{type(error).__name__}: {str(error).strip()[:500]}"
-            result.update(verdict="could not build" if stage == "build" else "refused", detail=text)
+            verdict = "timed out" if isinstance(error, TimeoutError) else "refused"
+            result.update(verdict="could not build" if stage == "build" else verdict, detail=text)
         finally:
             with contextlib.suppress(Exception):
                 signal.alarm(0)
@@ -162,8 +163,8 @@ def _check(built: Any, result: dict[str, Any], variants: list[str] | None) -> No
 
     from architecture_kit import check
 
-    reference = check.Reference(check.run_passes(built.model, built.inputs))
-    tensors = [t for _, t in reference.passes[0] if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    reference = check.Reference.of(built.factory, built.model.state_dict(), built.inputs)
+    tensors = [t for _, t in reference.first if isinstance(t, torch.Tensor) and t.is_floating_point()]
     result["finite"] = all(bool(torch.isfinite(t).any()) for t in tensors if t.numel())
     if getattr(built.model, "can_generate", lambda: False)():
         try:
@@ -192,13 +193,12 @@ def _reproducible(built: Any, reference: Any) -> bool:
     """Whether plain PyTorch, built anew from the same weights, gives the same bits at all."""
     from architecture_kit import check
 
-    again = built.factory()
-    again.load_state_dict(built.model.state_dict())
-    passes = check.run_passes(again, built.inputs)
-    if any(check.difference(a, b) for a, b in zip(reference.passes, passes, strict=True)):
-        return False
+    again = check.Reference.of(built.factory, built.model.state_dict(), built.inputs)
+    for kind, passes in reference.passes.items():
+        if any(check.difference(a, b) for a, b in zip(passes, again.passes[kind], strict=True)):
+            return False
     return reference.generated is None or not check.difference(
-        reference.generated, check.run_generate(again, built.inputs)
+        reference.generated, check.run_generate(built.model, built.inputs)
     )
 
 
@@ -227,7 +227,7 @@ def _report(results: dict[str, Any], seconds: float) -> None:
     for verdict in sorted(counts):
         print(f"  {verdict}: {counts[verdict]}")
     for result in results.values():
-        if result["verdict"] in ("refused", "WRONG", "crashed"):
+        if result["verdict"] in ("refused", "WRONG", "crashed", "timed out"):
             print(f"\n{result['verdict']}  {result['name']} ({result.get('class_name', '')})\n    {result['detail']}")
     print(f"\n{seconds:.0f} s")
 

@@ -42,7 +42,7 @@ _FAMILIES = (
 )
 
 
-class CouldNotBuild(Exception):
+class CouldNotBuildError(Exception):
     """No combination tried runs in plain PyTorch."""
 
 
@@ -109,7 +109,7 @@ def build(model_type: str, recipe: dict[str, Any] | None = None) -> Built:
     """Search for a combination that runs; ``recipe`` says which one did before.
 
     Raises:
-        CouldNotBuild: none does; tells the first reason for each class.
+        CouldNotBuildError: none does; tells the first reason for each class.
     """
     reasons: dict[str, str] = {}
     classes = [recipe["class_name"]] if recipe else list(class_names(model_type))[:4]
@@ -120,15 +120,14 @@ def build(model_type: str, recipe: dict[str, Any] | None = None) -> Built:
                 return _attempt(model_type, class_name, profile, recipe)
             except (TimeoutError, KeyboardInterrupt):
                 raise
-            except _TooLarge as error:
+            except _TooLargeError as error:
                 reasons.setdefault(class_name, str(error))
-                break  # the following profiles are larger still
             except Exception as error:
                 reasons.setdefault(class_name, f"{type(error).__name__}: {str(error).strip()[:200]}")
-    raise CouldNotBuild("; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no class")
+    raise CouldNotBuildError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no class")
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     pass
 
 
@@ -162,7 +161,7 @@ def _attempt(model_type: str, class_name: str, profile: Profile, recipe: dict[st
                 continue
             del out
             return Built(model_type, class_name, profile, config, model, inputs, number)
-    raise last if last is not None else CouldNotBuild("no inputs to try")
+    raise last if last is not None else CouldNotBuildError("no inputs to try")
 
 
 def _refuse_giants(model_class: Any, config: Any) -> None:
@@ -170,7 +169,7 @@ def _refuse_giants(model_class: Any, config: Any) -> None:
         sketch = model_class(copy.deepcopy(config))
     count = sum(p.numel() for p in sketch.parameters())
     if count > MOST_PARAMETERS:
-        raise _TooLarge(f"{count / 1e6:.0f} million parameters")
+        raise _TooLargeError(f"{count / 1e6:.0f} million parameters")
 
 
 def _shake(model: nn.Module) -> None:

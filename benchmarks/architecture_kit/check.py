@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from narrowboat.checkpoint import open_index
 from narrowboat.errors import NarrowboatError
 from narrowboat.profile import build_skeleton, execution_order
 
-PASSES = 3
+# The two ways without gradients take different paths through the dispatcher, with and without a weight being in.
+MODES = {
+    "packed": (torch.inference_mode, torch.no_grad, torch.inference_mode),
+    "unpacked": (torch.no_grad, torch.inference_mode, torch.no_grad),
+}
 VARIANTS = ("packed+example", "packed", "unpacked+example", "unpacked")
 
 
@@ -26,12 +30,22 @@ class Reference:
     """What plain PyTorch computes.
 
     Attributes:
-        passes: flattened outputs of each pass.
+        passes: by kind of file, flattened outputs of each pass, in the modes of ``MODES``.
         generated: flattened result of ``generate``; None if the class cannot, or plain PyTorch fails at it.
     """
 
-    passes: list[list[tuple[str, Any]]]
+    passes: dict[str, list[list[tuple[str, Any]]]]
     generated: list[tuple[str, Any]] | None = None
+
+    @property
+    def first(self) -> list[tuple[str, Any]]:
+        """Outputs of the first pass."""
+        return next(iter(self.passes.values()))[0]
+
+    @classmethod
+    def of(cls, factory: Callable[[], nn.Module], state: Mapping[str, Any], inputs: dict[str, Any]) -> Reference:
+        """Run plain models made anew, as a streamed one is, so that what a model remembers is alike."""
+        return cls({kind: run_passes(_plain(factory, state), inputs, modes) for kind, modes in MODES.items()})
 
 
 @dataclass
@@ -96,12 +110,18 @@ def difference(expected: list[tuple[str, Any]], got: list[tuple[str, Any]]) -> s
     return ""
 
 
-def run_passes(model: nn.Module, inputs: dict[str, Any], passes: int = PASSES) -> list[list[tuple[str, Any]]]:
-    """Outputs of some passes, each from the same random state."""
+def _plain(factory: Callable[[], nn.Module], state: Mapping[str, Any]) -> nn.Module:
+    model = factory()
+    model.load_state_dict(state)
+    return model
+
+
+def run_passes(model: nn.Module, inputs: dict[str, Any], modes: Sequence[Any]) -> list[list[tuple[str, Any]]]:
+    """Outputs of one pass in each mode, each from the same random state."""
     results = []
-    for _ in range(passes):
+    for mode in modes:
         _seed()
-        with torch.inference_mode():
+        with mode():
             results.append(flatten(model(**copy.deepcopy(inputs))))
     return results
 
@@ -164,8 +184,8 @@ def check_variant(
         skeleton = build_skeleton(factory)
         minimum = smallest_budget(skeleton, files[kind], example)
         streamed = nb.stream(skeleton, files[kind], budget=minimum, example=example)
-        for number, expected in enumerate(reference.passes):
-            found = difference(expected, run_passes(streamed, inputs, 1)[0])
+        for number, (mode, expected) in enumerate(zip(MODES[kind], reference.passes[kind], strict=True)):
+            found = difference(expected, run_passes(streamed, inputs, (mode,))[0])
             if found:
                 return Outcome("WRONG", f"pass {number + 1}: {found}", minimum, _stats(streamed))
         if reference.generated is not None:

@@ -127,7 +127,7 @@ class _Guess:
             if name == "timesteps":
                 return torch.arange(5)[None]
             return self.normal(1, 5, widths.get(name, 1))
-        if name.endswith("ids") or name.endswith("tokens"):
+        if name.endswith(("ids", "tokens")):
             return self.text()
         return self.normal(1, LENGTH, self.find("hidden_size", "d_model", default=64))
 
@@ -176,7 +176,7 @@ class _Guess:
                 base = self.with_required({self.main: features})
                 yield {**base, **decoder}
                 yield base
-        if self.main == "pixel_values" or "pixel_values" in self.required:
+        if self.main == "pixel_values" or "pixel_values" in self.required or "grid_thw" in self.required:
             for pixels in self.pictures():
                 base = self.with_required(pixels)
                 yield {**base, **decoder}
@@ -225,10 +225,15 @@ class _Guess:
         if "image_grid_thw" in self.names or "grid_thw" in self.names:
             name = "image_grid_thw" if "image_grid_thw" in self.names else "grid_thw"
             temporal = self.find("temporal_patch_size", default=1)
-            for depth in dict.fromkeys((temporal if isinstance(temporal, int) else 1, 1)):
-                width = channels * depth * patch * patch
-                yield {"pixel_values": self.normal(16, width), name: torch.tensor([[1, 4, 4]])}
-                yield {"pixel_values": self.normal(16, channels, patch, patch), name: torch.tensor([[1, 4, 4]])}
+            grid = {name: torch.tensor([[1, 4, 4]])}
+            for depth in dict.fromkeys((_int(temporal), 1)):
+                yield {"pixel_values": self.normal(16, channels * depth * patch * patch), **grid}
+                yield {"pixel_values": self.normal(16, channels, patch, patch), **grid}
+            if "hidden_states" in self.required:  # a vision tower on its own
+                yield {"hidden_states": self.normal(16, channels * patch * patch * _int(temporal)), **grid}
+        if "target_sizes" in self.names:
+            for shape in ((1, channels, patch, 16 * patch), (16, channels * patch * patch)):
+                yield {"pixel_values": self.normal(*shape), "target_sizes": torch.tensor([[4, 4]])}
         if "spatial_shapes" in self.names:
             yield {
                 "pixel_values": self.normal(1, 16, channels * patch * patch),
@@ -318,6 +323,10 @@ def _feature_rows(model: Any, methods: tuple[str, ...], kwargs: dict[str, Any]) 
         if isinstance(found, (list, tuple)) and found and all(isinstance(t, torch.Tensor) for t in found):
             return sum(t.numel() // t.shape[-1] for t in found)
     return None
+
+
+def _int(value: Any) -> int:
+    return value if isinstance(value, int) else 1
 
 
 def _nested(config: Any) -> list[Any]:

@@ -29,6 +29,8 @@ _WIDTH = re.compile(
 _NOT_WIDTH = re.compile(
     r"^(num_|max_|min_)|input_dim$|in_dim$|vocab|patch|image_size|kernel|bbox|codebook_dim|act_dim"
 )
+_HEAD_COUNT = re.compile(r"(^num_\w*heads|^n_heads?|_heads|key_value_heads)$")
+_HEAD_WIDTH = re.compile(r"head_dim|d_kv|d_head|dim_head|rotary_dim|qk_rope|kv_channels")
 _EXPERTS = re.compile(
     r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|n_experts|"
     r"num_total_experts|ffn_num_experts)$"
@@ -42,11 +44,15 @@ _PICKED = re.compile(r"(indexes|indices|_layers_ids|hook_ids|layer_idx|layer_ids
 
 @dataclass(frozen=True)
 class Profile:
-    """How small: what widths are divided by, layers kept (None: all), side of square images (None: as they are)."""
+    """How small: what widths are divided by, layers kept (None: all), side of square images (None: as they are).
+
+    ``fewer_heads``: divide the number of heads where otherwise each head is made narrower.
+    """
 
     factor: int
     layers: int | None
     side: int | None
+    fewer_heads: bool = False
 
 
 PROFILES = (
@@ -60,6 +66,9 @@ PROFILES = (
     Profile(1, 2, 64),
     Profile(1, 2, None),
     Profile(1, None, None),
+    Profile(16, 2, 64, fewer_heads=True),
+    Profile(8, 2, 64, fewer_heads=True),
+    Profile(4, 2, 64, fewer_heads=True),
 )
 
 
@@ -72,6 +81,7 @@ def shrink(config: Any, profile: Profile, tokens: dict[int, int] | None = None) 
         tokens: old token number -> new one, shared by the nested configurations.
     """
     tokens = {} if tokens is None else tokens
+    _fill_in(config)
     kinds = config.__dict__.get("layer_types") or config.__dict__.get("layers_block_type")
     layers = profile.layers
     chosen: list[int] | None = None
@@ -104,7 +114,7 @@ def _shrunk(
     if name == "use_timm_backbone":
         return False
     if isinstance(value, dict):
-        if name.startswith("rope") and profile.factor > 1:
+        if name.startswith("rope") and profile.factor > 1 and not profile.fewer_heads:
             return {
                 k: [max(x // profile.factor, 1) for x in v]
                 if isinstance(v, (list, tuple)) and k.endswith("section")
@@ -159,9 +169,24 @@ def _shrunk(
             return -layers
     if name in ("image_size", "spatial_size", "input_size") and profile.side and value >= 128:
         return _side(config, value, profile.side)
+    if profile.fewer_heads and _HEAD_COUNT.search(name):
+        return max(value // profile.factor, 1)
+    if profile.fewer_heads and _HEAD_WIDTH.search(name):
+        return value
     if _WIDTH.search(name) and not _NOT_WIDTH.search(name):
         return _narrow(value, profile.factor)
     return value
+
+
+def _fill_in(config: Any) -> None:
+    """Head counts and widths that a published configuration always states, but the class leaves open."""
+    values = config.__dict__
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if isinstance(heads, int) and isinstance(hidden, int):
+        if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+            _set(config, "num_key_value_heads", heads)
+        if "head_dim" in values and values["head_dim"] is None:
+            _set(config, "head_dim", hidden // heads)
 
 
 def small_resnet() -> Any:

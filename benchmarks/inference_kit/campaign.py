@@ -11,7 +11,15 @@ from typing import Any
 from inference_kit.children import Outcome, run_child
 from inference_kit.effort import Effort
 from inference_kit.materials import Material, make_files, material
-from inference_kit.measure import difference, find_baseline, find_minimum, read_directly, run_subject, steady
+from inference_kit.measure import (
+    difference,
+    find_baseline,
+    find_minimum,
+    kept_output,
+    read_directly,
+    run_subject,
+    steady,
+)
 from inference_kit.subjects import SUBJECTS
 from narrowboat.errors import NarrowboatError
 from narrowboat.machine.cgroup import MemoryCgroup, writable_memory_cgroup
@@ -140,6 +148,9 @@ class Campaign:
     def _log(self, kind: str) -> Path:
         return self.work / "logs" / f"{self.name}.{kind}.jsonl"
 
+    def _output(self, name: str) -> Path:
+        return kept_output(self.files, name)
+
     def _prepare(self) -> None:
         body = partial(_make_files, self.files, "torch_mmap" in self.subjects, "diffusers" in self.subjects)
         outcome = run_child(body, log=self._log("prepare"), timeout=900)
@@ -177,6 +188,7 @@ class Campaign:
         central = name == "resident" or subject.ours
         seconds = effort.seconds if central else effort.other_seconds
         timeout = _CENTRAL_TIMEOUT if central else effort.timeout
+        self._output(name).unlink(missing_ok=True)
         self.files.drop_caches()
         path = subject.reads(self.files)
         before = cached_bytes(path)
@@ -212,7 +224,7 @@ class Campaign:
             "peak_bytes": end["peak"] if end else max(peaks, default=None),
             "charged_peak_bytes": outcome.charged_peak,
             "outputs": [e["digest"] for e in outcome.events if e["event"] == "output"],
-            "difference": difference(self.files.reference.with_suffix(f".{name}.npy"), self.files.reference)
+            "difference": difference(self._output(name), self.files.reference)
             if name != "resident" and first
             else None,
             "stats": end["stats"] if end else {},

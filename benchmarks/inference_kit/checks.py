@@ -51,7 +51,11 @@ def _cell(cell: dict[str, Any]) -> list[Verdict]:
         add("narrowboat: runs", False, f"{ours['status']}: {ours['detail']}")
         return verdicts
     packed, plain = ours["steady_s"], cell["resident_s"]
-    add("the same bits as plain PyTorch", bool(ours["exact"]), f"largest difference {ours['difference']:.2g}")
+    add(
+        "the same bits as plain PyTorch",
+        bool(ours["exact"]),
+        f"largest difference {_number(ours['difference'], '.2g')}",
+    )
     reading = f"reading {format_seconds(cell['must_read_s'])}, computing {format_seconds(plain)}"
     if cell["must_read_s"] < plain:
         add(
@@ -63,7 +67,7 @@ def _cell(cell: dict[str, Any]) -> list[Verdict]:
         add(
             f"at most {NEAR_BOUND:.2f} x the physical bound",
             ours["bound_ratio"] <= NEAR_BOUND,
-            f"{ours['bound_ratio']:.3f} x, {ours['own_bound_ratio']:.3f} x with the bytes it did read; {reading}",
+            f"{ours['bound_ratio']:.3f} x, by bytes it read {_number(ours['own_bound_ratio'], '.3f')} x; {reading}",
         )
     times = {name: rows[name]["steady_s"] for name in RIVALS if name in rows and rows[name]["steady_s"] is not None}
     if times:
@@ -83,3 +87,8 @@ def _cell(cell: dict[str, Any]) -> list[Verdict]:
             f"{format_seconds(ours['first_s'])} against {format_seconds(cell['load_file_s'])}",
         )
     return verdicts
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number, or a word where a child was stopped before it could tell."""
+    return "unknown" if value is None else format(value, form)

@@ -67,7 +67,7 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
             output = running.module(*inputs)  # the mapping is not aligned as memory is: last bits may differ
             digest = _digest(output)
             emit("output", digest=digest)
-        _keep(files.reference if name == "resident" else files.reference.with_suffix(f".{name}.npy"), output)
+        _keep(kept_output(files, name), output)
         del output
         began = time.perf_counter()
         for _ in range(passes):
@@ -79,6 +79,11 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
                 break
     emit("output", digest=_digest(last))
     emit("end", peak=process_memory().hwm - baseline, baseline=baseline, stats=running.stats())
+
+
+def kept_output(files: Material, name: str) -> Path:
+    """Where a subject's output is kept; plain PyTorch's is the reference."""
+    return files.reference if name == "resident" else files.reference.with_suffix(f".{name}.npy")
 
 
 def steady(pass_seconds: list[float]) -> float | None:

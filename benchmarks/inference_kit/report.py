@@ -19,6 +19,7 @@ from narrowboat.quantities import format_bytes, format_seconds
 
 _PACKAGES = ("torch", "safetensors", "accelerate", "transformers", "diffusers")
 _COLUMNS = ("budget", "subject", "ms / pass", "x plain", "x bound", "first answer", "peak", "read / pass", "same bits")
+_PLOT_TOP = 8.0  # a slower subject's bar ends here, with its number on top
 _COLOURS = {
     "narrowboat": "#0b6e4f",
     "narrowboat_unpacked": "#73c2a4",
@@ -139,8 +140,8 @@ def write_markdown(
         "",
         f"Every subject but plain PyTorch is limited: {facts['memory_limit']}, set to a warm process without a model "
         f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; "
-        "everything charged counts, page cache included. Each run is a child process, subjects take turns, and the weights are "
-        "out of the page cache at the start of each.",
+        "everything charged counts, page cache included. Each run is a child process, subjects take turns, and "
+        "the weights are out of the page cache at the start of each.",
         "",
         "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
         "PyTorch with everything in memory, at the same turns. *x bound*: over max(plain PyTorch, bytes that cannot "
@@ -192,7 +193,7 @@ def _markdown_row(values: Iterable[str]) -> str:
 
 
 def write_plot(path: Path, summary: list[dict[str, Any]]) -> None:
-    """Latency over plain PyTorch's, one panel per divisor, log scale; a black tick is the physical bound."""
+    """Latency over plain PyTorch's, one panel per divisor; a black line is the physical bound."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,10 +209,13 @@ def write_plot(path: Path, summary: list[dict[str, Any]]) -> None:
             places = [i - 0.4 + (number + 0.5) * width for i in range(len(cells))]
             ratios = [cell["rows"].get(name, {}).get("ratio") or float("nan") for cell in cells]
             axes.bar(places, ratios, width * 0.92, color=_COLOURS[name], label=SUBJECTS[name].label)
+            for place, ratio in zip(places, ratios, strict=True):
+                if ratio > _PLOT_TOP:
+                    axes.annotate(f"{ratio:.0f}", (place, _PLOT_TOP), ha="center", va="bottom", fontsize=7)
         for i, cell in enumerate(cells):
             if cell["resident_s"]:
                 axes.hlines(cell["bound_s"] / cell["resident_s"], i - 0.42, i + 0.42, color="black", linewidth=1.4)
-        axes.set_yscale("log")
+        axes.set_ylim(0, min(axes.get_ylim()[1], _PLOT_TOP))
         axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
         labels = [f"{c['model']}\n{c['budget']}, {format_bytes(c['budget_bytes'])}" for c in cells]
         axes.set_xticks(range(len(cells)), labels, fontsize=8)

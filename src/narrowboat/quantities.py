@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Integral
 
 from narrowboat.errors import QuantityError
 
@@ -37,7 +38,7 @@ def parse_bytes(value: int | float | str, *, what: str = "budget") -> int:
     Raises:
         QuantityError: not a size, not finite, negative, or zero.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, float, str)):
         raise QuantityError(
             f"{what} {value!r} is not a byte size: give an int, or a string such as '300MiB' or '1.5GB'"
         )
@@ -54,7 +55,7 @@ def parse_bytes(value: int | float | str, *, what: str = "budget") -> int:
         number = float(value)
     if not math.isfinite(number) or number < 1:
         raise QuantityError(f"{what} {value!r} must be a finite size of at least one byte")
-    return value if isinstance(value, int) else round(number)
+    return int(value) if isinstance(value, Integral) else round(number)
 
 
 def format_bytes(count: float) -> str:
@@ -82,6 +83,10 @@ def parse_seconds(value: int | float | str, *, what: str = "duration") -> float:
                 f"{what} {value!r} is not a duration: give a number with ns, us, ms, s, min or h, such as '33ms'"
             )
         number = float(match.group(1)) * _TIME_UNITS[match.group(2).lower()]
+    elif isinstance(value, bool) or not isinstance(value, (Integral, float)):
+        raise QuantityError(
+            f"{what} {value!r} is not a duration: give a number of seconds, or a string such as '33ms'"
+        )
     else:
         number = float(value)
     if not math.isfinite(number) or number < 0:
@@ -91,7 +96,7 @@ def parse_seconds(value: int | float | str, *, what: str = "duration") -> float:
 
 def format_seconds(seconds: float) -> str:
     """``seconds`` with a fitting unit, e.g. ``'12.3 ms'``."""
-    for limit, scale, unit in ((1e-6, 1e9, "ns"), (1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
-        if abs(seconds) < limit:
+    for scale, unit in ((1e9, "ns"), (1e6, "us"), (1e3, "ms"), (1.0, "s")):
+        if abs(seconds) * scale < 999.5:  # from there on three digits would be 1e+03
             return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+    return f"{seconds:.0f} s"

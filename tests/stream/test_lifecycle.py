@@ -560,3 +560,23 @@ def test_a_model_under_accelerates_hooks_is_refused_with_the_call_that_removes_t
         nb.stream(module, deep.path, budget=deep.minimum, example=(deep.x,))
     hooks.remove_hook_from_module(module, recurse=True)
     assert deep.right(deep.stream(module))
+
+
+@pytest.mark.parametrize("at", [0, 5, 9])
+def test_a_write_through_a_view_takes_effect_or_is_reported(model: Any, deep: Any, at: int) -> None:
+    changed = copy.deepcopy(deep.plain)
+    with torch.inference_mode(False), torch.no_grad():
+        changed.layers[at].fc.weight[0] = 1.0
+        reported = False
+        try:
+            model.layers[at].fc.weight[0] = 1.0
+        except StreamedModelError:
+            reported = True
+        for _ in range(3):
+            try:
+                answer = model(deep.x)
+            except StreamedModelError as error:
+                assert f"layers.{at}.fc.weight" in str(error)
+                reported = True
+                continue
+            assert torch.equal(answer, deep.want if reported else changed(deep.x))

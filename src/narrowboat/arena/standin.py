@@ -49,10 +49,20 @@ class _StandIn:
         slots = [_slot_or_none(leaf) for leaf in leaves]
         weights = [slot.weight for slot in slots if slot is not None]
         with weights[0].owner.touching(weights) as tensor_of:
-            leaves = [leaf if slot is None else tensor_of(slot) for leaf, slot in zip(leaves, slots, strict=True)]
-            real_args, real_kwargs = tree_unflatten(leaves, spec)
+            real = [
+                leaf if slot is None else _with_flag_of(leaf, tensor_of(slot))
+                for leaf, slot in zip(leaves, slots, strict=True)
+            ]
+            real_args, real_kwargs = tree_unflatten(real, spec)
             with _views_tracked_as_in_plain_calls(func):
-                return func(*real_args, **real_kwargs)
+                out = func(*real_args, **real_kwargs)
+            # An operator with nothing to do (.float() of float32) returns its argument: the view must not get out.
+            handed_in = {
+                id(view): leaf for view, leaf, slot in zip(real, leaves, slots, strict=True) if slot is not None
+            }
+            if isinstance(out, (list, tuple)):
+                return type(out)(handed_in.get(id(value), value) for value in out)
+            return handed_in.get(id(out), out)
 
     # The C++ entry points that would look for bytes behind the tensor.
     def data_ptr(self) -> int:
@@ -152,6 +162,11 @@ def lazy_alias(slot: Slot) -> torch.Tensor:
     alias = new_standin(StandInTensor, weight.entry.shape, weight.entry.dtype, torch.device("cpu"), False)
     tag(alias, slot)
     return alias
+
+
+def _with_flag_of(standin: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    # For a detached alias the flag is off where the parameter's is on; matmul folds its batch by it.
+    return view.detach() if view.requires_grad and not standin.requires_grad else view
 
 
 def _views_tracked_as_in_plain_calls(func: Any) -> AbstractContextManager[Any]:

@@ -11,8 +11,8 @@ from narrowboat.machine.malloc import MallocPolicy
 from narrowboat.profile.measure import fault_rate
 from narrowboat.profile.use_trace import UseTrace
 
-_FLOOR = 2 << 20  # bytes: small blocks, thread arenas
-_FACTOR = {MallocPolicy.DEFAULT: 3.6, MallocPolicy.BALANCED: 2.3, MallocPolicy.STRICT: 1.25}
+_FLOOR = 3 << 20  # bytes: small blocks, thread arenas
+_FACTOR = {MallocPolicy.DEFAULT: 3.6, MallocPolicy.BALANCED: 2.3, MallocPolicy.STRICT: 1.3}
 
 
 def activation_parts(trace: UseTrace, policy: MallocPolicy) -> dict[str, int]:

@@ -79,7 +79,7 @@ def build_skeleton(source: Callable[[], nn.Module] | nn.Module) -> nn.Module:
     return module
 
 
-def _call(source: Callable[[], nn.Module]) -> object:
+def _call(source: Callable[[], nn.Module]) -> nn.Module:
     try:
         with no_storage():
             return source()

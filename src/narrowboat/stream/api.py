@@ -75,12 +75,12 @@ def stream(
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
     if io not in _IO:
         raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
+    warm_up()
+    baseline = process_memory().rss
     if example is None:
         maker = getattr(model, "example_inputs", None)
         example = maker() if callable(maker) else None
     pair = split_example(example) if example is not None else None
-    warm_up()
-    baseline = process_memory().rss
     if weights is not None and not isinstance(weights, (str, os.PathLike)):
         raise UsageError(f"weights must be the path of a file or folder, not {type(weights).__name__}")
     before = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None

@@ -289,8 +289,6 @@ class Engine:
                 block = self._block_of.get(index)
                 if block is not None and block not in known:
                     known.append(block)
-                if self.observed is not None:
-                    self.observed.use(index)
         for block in known:
             if block not in self._pinned:
                 # A block whose place is taken by one in use stays out: operators that touch it load it.
@@ -325,7 +323,8 @@ class Engine:
             self.record.stalled(block.index, after - before)
             self._resumed += after - before  # a wait in the middle of a step is not computing
             self._timeline_compute(block.name, before, after)
-        block.show()
+        if self.observed is None:  # else every operator has to meet the stand-ins, or its use goes unseen
+            block.show()
 
     def _make_place(self, block: BlockState) -> None:
         """Free the block's addresses, or give it memory of its own if those in use need them."""

@@ -47,7 +47,7 @@ class Prepared:
         storage: chunk and depth of reads.
         step_seconds: computing time by step; an estimate until ``measured``.
         policy: how the allocator treats freed activations.
-        overrun: bytes by which a pass was seen to pass the reserve.
+        correction: bytes by which the reserve is changed after what passes were seen to take.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that loading the tracer took: the process's, and not the model's.
     """
@@ -64,7 +64,7 @@ class Prepared:
     library_bytes: int = 0
     policy: MallocPolicy = MallocPolicy.DEFAULT
     measured: bool = False
-    overrun: int = 0
+    correction: int = 0
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -124,7 +124,7 @@ class Prepared:
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
-            reserved["allocator"] += self.overrun
+            reserved["allocator"] = max(reserved["allocator"] + self.correction, 0)
             if not self.measured:
                 slower = 1 + fault_seconds(trace, policy) / max(sum(seconds), 1e-9)
                 seconds = tuple(s * slower for s in seconds)
@@ -197,7 +197,10 @@ def _refuse_foreign_arguments(module: nn.Module, example: tuple[tuple[Any, ...],
 def _owned(module: nn.Module, numbers: dict[int, int]) -> dict[int, list[int]]:
     owned: dict[int, list[int]] = {}
     for number, (_, child) in enumerate(module.named_modules()):
-        tensors = [*child._parameters.values(), *child._buffers.values()]
+        # These hand the weights of the modules inside them to one operator.
+        fused = isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        inside = child.modules() if fused else (child,)
+        tensors = [t for m in inside for t in (*m._parameters.values(), *m._buffers.values())]
         found = [numbers[id(t)] for t in tensors if t is not None and id(t) in numbers]
         if found:
             owned[number] = found

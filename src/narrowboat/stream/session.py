@@ -43,6 +43,7 @@ log = logging.getLogger("narrowboat")
 _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
+_MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
@@ -407,29 +408,41 @@ class Session:
         prepared.step_seconds, prepared.measured = tuple(record.step_seconds), True
         if record.read_busy > 0.005 and record.bytes_read:
             self._machine = Machine(bandwidth=record.bytes_read / record.read_busy)
-        workload, groups = prepared.workload()
+        before = self.plan
         self.plan = replace(
-            retime(self.plan, workload, self._machine), minimum=self.plan.minimum, limiter=self.plan.limiter
+            retime(before, prepared.workload()[0], self._machine), minimum=before.minimum, limiter=before.limiter
         )
         if any(s.other is not None and s.written for w in self._weights for s in w.slots):
             return
-        # The kernel counts for the process: with several sessions open, nobody can say whose bytes they are.
-        over = self.peak_bytes - self._budget if len(_open_sessions) == 1 else 0
-        if over > max(self._budget // 100, _NOISE):
-            prepared.overrun += over
-            log.warning(
-                "a pass took %s more than the budget; the plan gives that much back from the weights",
-                format_bytes(over),
-            )
-        elif not self.plan.streamed:
+        over = self._correct_reserve()
+        if not over and not self.plan.streamed:
             return
         try:
             better, groups = prepared.remake(self._machine, self._budget, self.plan)
         except BudgetError as error:
             log.warning("%s", error)
             return
-        if prepared.overrun or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
+        if over or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
             self._replace(better, groups)
+
+    def _correct_reserve(self) -> bool:
+        """Set the reserve beside the weights by what two passes really took; True if they took more than they may."""
+        if len(_open_sessions) != 1:
+            return False  # the kernel counts for the process: nobody can say whose bytes they are
+        prepared = self._prepared
+        over = self.peak_bytes - self._budget
+        if over > max(self._budget // 100, _NOISE):
+            prepared.correction += over
+            log.warning(
+                "a pass took %s more than the budget; the plan gives that much back from the weights", format_bytes(over)
+            )
+            return True
+        if process_memory().hwm > self._peak_before:  # else the peak is a sample, and could have been missed
+            taken = self.peak_bytes - self.plan.arena_bytes
+            spare = self.plan.fixed_bytes - int(taken * _MARGIN) - _NOISE
+            if spare > self._budget // 50:
+                prepared.correction -= spare
+        return False
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")

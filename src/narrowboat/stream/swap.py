@@ -83,15 +83,14 @@ class Swapper:
             return
         block.state, block.job = State.OUT, None
         written = ""
-        if block.shown:
-            block.shown = False
-            for weight in block.weights:
-                kept = False
-                for slot in weight.slots:
-                    written = written or (weight.name if slot.written else "")
-                    kept = slot.take_out() or kept
-                if kept:
-                    self._rescue(block, weight)
+        block.shown = False
+        for weight in block.weights:  # shown or not: an operator that met a stand-in may have made a view
+            kept = False
+            for slot in weight.slots:
+                written = written or (weight.name if slot.written else "")
+                kept = slot.take_out() or kept
+            if kept:
+                self._rescue(block, weight)
         if block.private is not None:
             self._ledger.add("off_plan", -block.nbytes)
             forget_views(block)

@@ -1,8 +1,8 @@
 """Raw pointers into the arena: NumPy arrays and DLPack capsules made of a weight that is in.
 
 A tensor that shares a weight's bytes can be given a new place when the arena's is reused; an array holds a bare
-pointer and cannot. So while an arena is open, ``Tensor.numpy()`` and ``Tensor.__dlpack__()`` of a tensor that lies in it work
-on a copy. Other tensors are not affected.
+pointer and cannot. So while an arena is open, ``Tensor.numpy()`` and ``Tensor.__dlpack__()`` of a tensor that lies in
+it work on a copy. Other tensors are not affected.
 """
 
 from __future__ import annotations

@@ -434,7 +434,8 @@ class Session:
         if over > max(self._budget // 100, _NOISE):
             prepared.correction += over
             log.warning(
-                "a pass took %s more than the budget; the plan gives that much back from the weights", format_bytes(over)
+                "a pass took %s more than the budget; the plan gives that much back from the weights",
+                format_bytes(over),
             )
             return True
         if process_memory().hwm > self._peak_before:  # else the peak is a sample, and could have been missed

@@ -44,7 +44,23 @@ def test_units_in_any_case_with_or_without_a_space(number: int, unit: str, space
 
 @pytest.mark.parametrize(
     "value",
-    ["12 apples", "", "  ", "MiB", "-1", "-3MiB", "1e9", "1_000", "0", "0.2B", "1.2.3MB", "0x10", "inf", "nan", "٣MiB"],
+    [
+        "12 apples",
+        "",
+        "  ",
+        "MiB",
+        "-1",
+        "-3MiB",
+        "1e9",
+        "1_000",
+        "0",
+        "0.2B",
+        "1.2.3MB",
+        "0x10",
+        "inf",
+        "nan",
+        "٣MiB",
+    ],
 )
 def test_what_is_no_size_is_refused_with_an_example_of_one(value: str) -> None:
     with pytest.raises(QuantityError, match="limit"):
@@ -84,7 +100,16 @@ def test_sizes_are_printed_with_three_digits(nbytes: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "seconds"),
-    [("33ms", 0.033), ("5 us", 5e-6), ("5µs", 5e-6), ("2", 2.0), (2, 2.0), (0, 0.0), ("1.5 min", 90.0), ("1h", 3600.0)],
+    [
+        ("33ms", 0.033),
+        ("5 us", 5e-6),
+        ("5µs", 5e-6),
+        ("2", 2.0),
+        (2, 2.0),
+        (0, 0.0),
+        ("1.5 min", 90.0),
+        ("1h", 3600.0),
+    ],
 )
 def test_durations_as_people_write_them(written: Any, seconds: float) -> None:
     assert parse_seconds(written) == pytest.approx(seconds)
@@ -102,5 +127,11 @@ def test_formatted_durations_read_back(seconds: float) -> None:
 
 
 def test_durations_are_printed_with_a_fitting_unit() -> None:
-    assert [format_seconds(s) for s in (0.0123, 5e-6, 3e-8, 2.5, 1234.5)] == ["12.3 ms", "5 us", "30 ns", "2.5 s", "1234 s"]
+    assert [format_seconds(s) for s in (0.0123, 5e-6, 3e-8, 2.5, 1234.5)] == [
+        "12.3 ms",
+        "5 us",
+        "30 ns",
+        "2.5 s",
+        "1234 s",
+    ]
     assert not math.isnan(parse_seconds(format_seconds(0)))

@@ -198,7 +198,7 @@ def test_operators_on_a_stand_in_run_on_the_weight(slab: Slab, parameter: nn.Par
         assert parameter[1, 2].item() == real[1, 2].item()
         assert parameter.tolist() == real.tolist()
         assert parameter.detach().numpy().tolist() == real.tolist()
-        assert torch.equal(torch.stack([row for row in parameter]), real)
+        assert torch.equal(torch.stack(list(parameter)), real)
         assert torch.equal(copy.copy(parameter) * 2, real * 2)
     assert set(slot.weight.owner.touched) == {"layer.weight"}
 
@@ -231,7 +231,7 @@ def test_a_detached_alias_is_lazy_and_right_whatever_happens_in_between(slab: Sl
 def test_writing_to_a_stand_in_is_refused_and_changes_nothing(slab: Slab, parameter: nn.Parameter, write: Any) -> None:
     make_slot(parameter, slab)
     slab.tensor(0, torch.float32, (8, 8)).fill_(2.0)
-    with pytest.raises(StreamedModelError, match="layer.weight"), torch.no_grad():
+    with pytest.raises(StreamedModelError, match=r"layer\.weight"), torch.no_grad():
         write(parameter)
     assert torch.equal(slab.tensor(0, torch.float32, (8, 8)), torch.full((8, 8), 2.0))
 
@@ -242,7 +242,7 @@ def test_writing_to_a_stand_in_is_refused_and_changes_nothing(slab: Slab, parame
 )
 def test_what_would_need_bytes_behind_a_stand_in_is_refused(slab: Slab, parameter: nn.Parameter, use: Any) -> None:
     make_slot(parameter, slab)
-    with pytest.raises(StreamedModelError, match="layer.weight"):
+    with pytest.raises(StreamedModelError, match=r"layer\.weight"):
         use(parameter)
 
 

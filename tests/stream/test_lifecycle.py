@@ -580,3 +580,17 @@ def test_a_write_through_a_view_takes_effect_or_is_reported(model: Any, deep: An
                 reported = True
                 continue
             assert torch.equal(answer, deep.want if reported else changed(deep.x))
+
+
+def test_a_module_that_cannot_be_streamed_is_left_whole(deep: Any) -> None:
+    module = deep.net().eval()
+    module.load_state_dict(deep.plain.state_dict())
+    graph = module(deep.x)  # a graph that refers to the parameters
+    try:
+        model = deep.stream(module)
+    except NarrowboatError:
+        assert deep.right(module)
+        deep.assert_state(module.state_dict())
+    else:
+        assert deep.right(model)
+    assert graph.requires_grad

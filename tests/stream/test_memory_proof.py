@@ -140,7 +140,8 @@ with torch.inference_mode():
         exact = torch.equal(model(x), want)
         assert exact
 stats = session.stats()
-print(json.dumps({"grown": process_memory().rss - before, "passes": stats["passes"], "streamed": len(session.plan.streamed)}))
+passes, streamed = stats["passes"], len(session.plan.streamed)
+print(json.dumps({"grown": process_memory().rss - before, "passes": passes, "streamed": streamed}))
 """
 
 

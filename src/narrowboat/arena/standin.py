@@ -204,7 +204,8 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _read_only(name: str) -> str:
     return (
         f"{name} is streamed from its weights file and cannot be written: change the weights before nb.stream(), "
-        "or close the session and load the model in full"
+        "or close the session and load the model in full; if a pass itself writes to it, give nb.stream() example "
+        "inputs, so that it is known beforehand and stays in memory"
     )
 
 

@@ -61,7 +61,7 @@ def test_nothing_is_read_of_a_budget_that_is_refused(deep: Any, monkeypatch: pyt
         deep.stream(budget=1000)
 
 
-@pytest.mark.parametrize("budget", ["3 MiB", "3.5mib", 4e6, "4000000", 4_000_000])
+@pytest.mark.parametrize("budget", ["4 MiB", "4.5mib", 5e6, "5000000", 5_000_000])
 def test_sizes_as_people_write_them(deep: Any, budget: Any) -> None:
     assert deep.right(deep.stream(budget=budget), 1)
 

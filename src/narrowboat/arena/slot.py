@@ -74,10 +74,8 @@ class Slot:
         self.inside = False
         self._storage: Any = None
         self._version = 0
-        entry = weight.entry
-        standin = new_standin(self._out_class, entry.shape, entry.dtype, torch.device("cpu"), tensor.requires_grad)
         # What the object held before (meta, or real memory) is let go here.
-        _exchange(tensor, standin, self._out_class, self._in_class)
+        _exchange(tensor, self._fresh_standin(), self._out_class, self._in_class)
         tag(tensor, self)
         self.other: torch.Tensor | None = None
 
@@ -129,8 +127,15 @@ class Slot:
 
     @property
     def written(self) -> bool:
-        """Whether the weight was modified in place since it was bound."""
-        return self.view._version != self._version
+        """Whether the weight was modified in place since it was bound, or through a view taken while it was out."""
+        standin = self.other if self.inside else self.tensor
+        # A view taken of the stand-in counts its writes there.
+        return self.view._version != self._version or (standin is not None and standin._version != 0)
+
+    def renew_standin(self) -> None:
+        """Forget the writes counted by the stand-in; the weight has to be out."""
+        if self.tensor._version != 0:
+            _exchange(self.tensor, self._fresh_standin(), self._out_class, self._out_class)
 
     def rescue(self) -> int:
         """Move the bytes that others still refer to into memory of their own; returns how many.
@@ -148,10 +153,7 @@ class Slot:
     def reset(self) -> None:
         """Make the tensor a stand-in and let go of any view, whatever state an interruption has left them in."""
         if not torch._C._dispatch_keys(self.tensor).has(torch._C.DispatchKey.Python):
-            entry = self.weight.entry
-            device, flag = torch.device("cpu"), self.tensor.requires_grad
-            fresh = new_standin(self._out_class, entry.shape, entry.dtype, device, flag)
-            _exchange(self.tensor, fresh, self._out_class, self._in_class)
+            _exchange(self.tensor, self._fresh_standin(), self._out_class, self._in_class)
         self.tensor.__class__ = self._out_class
         self.inside = False
         self.unbind()
@@ -163,6 +165,11 @@ class Slot:
             meta = nn.Parameter(meta, requires_grad=self.tensor.requires_grad)
         _exchange(self.tensor, meta, self._in_class, self._out_class)
         untag(self.tensor)
+
+    def _fresh_standin(self) -> torch.Tensor:
+        entry = self.weight.entry
+        flag = self.tensor.requires_grad
+        return new_standin(self._out_class, entry.shape, entry.dtype, torch.device("cpu"), flag)
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set the flag on what is in and on what is out."""

@@ -89,6 +89,7 @@ class Swapper:
             for slot in weight.slots:
                 written = written or (weight.name if slot.written else "")
                 kept = slot.take_out() or kept
+                slot.renew_standin()
             if kept:
                 self._rescue(block, weight)
         if block.private is not None:

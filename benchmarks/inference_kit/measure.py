@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import narrowboat as nb
+import narrowboat.stream.api
 from inference_kit.children import Emit
 from inference_kit.materials import Material
 from inference_kit.subjects import SUBJECTS
@@ -48,6 +49,8 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
     subject = SUBJECTS[name]
     inputs = files.model.example_inputs()
     warm_up()
+    with torch.device("meta"):
+        files.model()  # imports the model's code: that is the process's, whoever runs it
     if not subject.ours:
         set_malloc_policy(subject.policy)
     gc.collect()

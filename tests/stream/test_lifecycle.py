@@ -357,13 +357,13 @@ def test_a_second_session_is_not_taken_for_an_overrun_of_the_first(tmp_path: Pat
     nb.pack(factory().state_dict(), tmp_path / "w.safetensors")
     x = torch.randn(2, 512)
     first = deep.stream(factory, tmp_path / "w.safetensors", budget=18 * MIB, example=(x,))
-    resident = nb.session(first).plan.resident_bytes
+    reserved = nb.session(first).plan.fixed_bytes
     second = deep.stream(factory, tmp_path / "w.safetensors", budget=10 * MIB, example=(x,))
     with torch.inference_mode():
         for _ in range(4):
             first(x)
             second(x)
-    assert nb.session(first).plan.resident_bytes >= resident
+    assert nb.session(first).plan.fixed_bytes == reserved
     assert nb.session(first)._prepared.correction == 0
 
 

@@ -13,7 +13,7 @@ from narrowboat.profile.use_trace import UseTrace
 
 # (multiple of the activation bytes, bytes on top): holes grow with the activations, small blocks and arenas do not.
 _RESERVE = {
-    MallocPolicy.DEFAULT: (1.5, 20 << 20),
+    MallocPolicy.DEFAULT: (1.7, 24 << 20),
     MallocPolicy.BALANCED: (1.3, 12 << 20),
     MallocPolicy.STRICT: (1.15, 3 << 20),
 }

@@ -1,4 +1,4 @@
-"""A block at run time: its bytes' place, their state, and the weights they show."""
+"""A block at run time: its bytes' place, their state, the weights they show; and how a plan becomes blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from enum import Enum
 
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Weight
-from narrowboat.stream.reader import Extent, Job
+from narrowboat.plan import Plan
+from narrowboat.profile.workload import Group
+from narrowboat.stream.reader import PAGE, Extent, Job
 
 
 class State(Enum):
@@ -70,3 +72,60 @@ class BlockState:
                 for slot in weight.slots:
                     slot.put_in()
             self.shown = True
+
+
+def make_blocks(
+    plan: Plan, groups: list[Group], weights: list[Weight], file_number: dict[str, int], *, packed: bool
+) -> list[BlockState]:
+    """The blocks of a plan, out, each knowing its place, what to read, and whose addresses meet its own.
+
+    Args:
+        plan: the decisions.
+        groups: the weights of each of the plan's blocks.
+        weights: all weights, by number.
+        file_number: the reader's number of each weights file, by path.
+        packed: whether the file's tensors begin at page boundaries.
+    """
+    placed = set(plan.resident) | set(plan.streamed)
+    blocks = []
+    for i, group in enumerate(groups):
+        base = plan.offsets[i] if i in placed else None
+        blocks.append(
+            BlockState(
+                index=i,
+                name=group.block.name,
+                nbytes=group.block.nbytes,
+                weights=[weights[w] for w in group.weights],
+                places=group.places,
+                offset=base,
+                extents=_extents(group, weights, file_number, base or 0, packed=packed),
+                resident=i in plan.resident,
+            )
+        )
+    spans = sorted((plan.offsets[i], plan.offsets[i] + plan.blocks[i].nbytes, i) for i in plan.streamed)
+    open_spans: list[tuple[int, int]] = []
+    for low, high, i in spans:
+        open_spans = [(end, j) for end, j in open_spans if end > low]
+        for _, j in open_spans:
+            blocks[i].meets.append(blocks[j])
+            blocks[j].meets.append(blocks[i])
+        open_spans.append((high, i))
+    return blocks
+
+
+def _extents(
+    group: Group, weights: list[Weight], file_number: dict[str, int], base: int, *, packed: bool
+) -> list[Extent]:
+    """What to read for a block; neighbours in a packed file in one piece."""
+    extents: list[Extent] = []
+    for w, place in zip(group.weights, group.places, strict=True):
+        entry = weights[w].entry
+        number = file_number[str(entry.file)]
+        nbytes = -(-entry.nbytes // PAGE) * PAGE if packed else entry.nbytes
+        if packed and extents:
+            last = extents[-1]
+            if last.file == number and last.offset + last.nbytes == entry.offset:
+                extents[-1] = Extent(number, last.offset, last.nbytes + nbytes, last.target)
+                continue
+        extents.append(Extent(number, entry.offset, nbytes, base + place))
+    return extents

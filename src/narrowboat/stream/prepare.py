@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +50,8 @@ class Prepared:
         policy: how the allocator treats freed activations.
         correction: bytes by which the reserve is changed after what passes were seen to take.
         why_untraced: why ``trace`` is None.
-        library_bytes: resident memory that loading the tracer took: the process's, and not the model's.
+        library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
+            the model's.
     """
 
     module: nn.Module
@@ -147,12 +149,15 @@ def prepare(
         example: ``(args, kwargs)`` of one pass, or None.
         strict: refuse tensors in the file that the model does not have.
     """
+    before, loaded = process_memory().rss, len(sys.modules)
     module = build_skeleton(model)
+    # What a factory imports (transformers: 150 MiB) is the process's, like torch; a skeleton itself is small.
+    libraries = max(process_memory().rss - before, 0) if len(sys.modules) > loaded else 0
     index = open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
     trace: UseTrace | None = None
-    why, libraries = NO_EXAMPLE, 0
+    why = NO_EXAMPLE
     if example is not None:
         _refuse_foreign_arguments(module, example)
         key = fingerprint(module, *example)
@@ -160,7 +165,7 @@ def prepare(
         if trace is None:
             before = process_memory().rss
             warm_up_tracer()
-            libraries = max(process_memory().rss - before, 0)
+            libraries += max(process_memory().rss - before, 0)
             try:
                 trace = trace_uses(module, matched.numbers, *example)
                 save_trace(key, trace)

@@ -21,7 +21,7 @@ from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import BudgetError, GradientError, NarrowboatError, StreamedModelError, UsageError
-from narrowboat.machine.malloc import set_malloc_policy
+from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.openmp import openmp_status
 from narrowboat.plan.make import retime
@@ -31,7 +31,7 @@ from narrowboat.profile.skeleton import attach_slots
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes
-from narrowboat.stream.blocks import BlockState
+from narrowboat.stream.blocks import make_blocks
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
@@ -44,6 +44,7 @@ _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
 _MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
+_ROOM_AT_REST = 16  # a sixteenth of the reserve has to be free between passes
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
@@ -82,6 +83,7 @@ class Session:
         self._passes = 0
         self._complete = 0
         self._sampled_peak = 0
+        self._peak_answered = 0
         self._settled = False
         self._slab: Slab | None = None
         self._files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in _stamped(index)]
@@ -99,6 +101,7 @@ class Session:
             self._machine = Machine(bandwidth=self._probe_bandwidth())
             plan, groups = prepared.choose(self._machine, budget)
             set_malloc_policy(prepared.policy)
+            trim()  # what building and tracing left free in the heap
             attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
             self.engine.on_begin = self._before_pass
@@ -274,53 +277,12 @@ class Session:
     def _adopt(self, plan: Plan, groups: list[Group]) -> None:
         if self._slab is not None:
             self._slab.close()
-        self._slab = Slab(plan.arena_bytes, lock=self._lock_memory)
+        self._slab = Slab(plan.arena_bytes, lock=self._lock_memory, behind=True)
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)
         self.ledger.set("window", plan.window_bytes)
-        self.engine.adopt(plan, self._make_blocks(plan, groups), self._prepared.trace, self._slab)
-
-    def _make_blocks(self, plan: Plan, groups: list[Group]) -> list[BlockState]:
-        placed = set(plan.resident) | set(plan.streamed)
-        blocks = []
-        for i, group in enumerate(groups):
-            base = plan.offsets[i] if i in placed else None
-            blocks.append(
-                BlockState(
-                    index=i,
-                    name=group.block.name,
-                    nbytes=group.block.nbytes,
-                    weights=[self._weights[w] for w in group.weights],
-                    places=group.places,
-                    offset=base,
-                    extents=self._extents(group, base or 0),
-                    resident=i in plan.resident,
-                )
-            )
-        spans = sorted((plan.offsets[i], plan.offsets[i] + plan.blocks[i].nbytes, i) for i in plan.streamed)
-        open_spans: list[tuple[int, int]] = []
-        for low, high, i in spans:
-            open_spans = [(end, j) for end, j in open_spans if end > low]
-            for _, j in open_spans:
-                blocks[i].meets.append(blocks[j])
-                blocks[j].meets.append(blocks[i])
-            open_spans.append((high, i))
-        return blocks
-
-    def _extents(self, group: Group, base: int) -> list[Extent]:
-        """What to read for a block; neighbours in a packed file in one piece."""
-        extents: list[Extent] = []
-        for w, place in zip(group.weights, group.places, strict=True):
-            entry = self._weights[w].entry
-            number = self._file_number[str(entry.file)]
-            nbytes = -(-entry.nbytes // PAGE) * PAGE if self._index.packed else entry.nbytes
-            if self._index.packed and extents:
-                last = extents[-1]
-                if last.file == number and last.offset + last.nbytes == entry.offset:
-                    extents[-1] = Extent(number, last.offset, last.nbytes + nbytes, last.target)
-                    continue
-            extents.append(Extent(number, entry.offset, nbytes, base + place))
-        return extents
+        blocks = make_blocks(plan, groups, self._weights, self._file_number, packed=self._index.packed)
+        self.engine.adopt(plan, blocks, self._prepared.trace, self._slab)
 
     def _probe_bandwidth(self) -> float:
         """Bytes per second of reading a few megabytes of the weights themselves."""
@@ -378,7 +340,11 @@ class Session:
         self._records.append(record)
         self._passes += 1
         self._complete += record.complete
-        self._sampled_peak = max(self._sampled_peak, process_memory().rss)
+        resident = process_memory().rss
+        self._sampled_peak = max(self._sampled_peak, resident)
+        # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
+        if resident - self._baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
+            trim()
         observed = self.engine.observed
         if observed is not None:
             self.engine.observed = None
@@ -386,6 +352,8 @@ class Session:
                 self._learn(observed, record)
         elif not self._settled and record.complete and self._complete >= _SETTLE_AFTER:
             self._settled = True
+            self._settle(record)
+        elif self._settled and self._overrun() > 0:
             self._settle(record)
 
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
@@ -430,9 +398,10 @@ class Session:
         if len(_open_sessions) != 1:
             return False  # the kernel counts for the process: nobody can say whose bytes they are
         prepared = self._prepared
-        over = self.peak_bytes - self._budget
-        if over > max(self._budget // 100, _NOISE):
+        over = self._overrun()
+        if over > 0:
             prepared.correction += over
+            self._peak_answered = self.peak_bytes
             log.warning(
                 "a pass took %s more than the budget; the plan gives that much back from the weights",
                 format_bytes(over),
@@ -444,6 +413,13 @@ class Session:
             if spare > self._budget // 50:
                 prepared.correction -= spare
         return False
+
+    def _overrun(self) -> int:
+        """Bytes by which a pass went over the budget, or over the peak that was last answered by a new plan."""
+        if len(_open_sessions) != 1:
+            return 0
+        over = self.peak_bytes - max(self._budget, self._peak_answered)
+        return over if over > max(self._budget // 100, _NOISE) else 0
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")

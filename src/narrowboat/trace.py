@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-LANES = ("read", "compute", "stall")
+LANES = ("read", "compute", "stall", "budget")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +17,10 @@ class Event:
     """Something that took time.
 
     Attributes:
-        lane: ``"read"``, ``"compute"`` or ``"stall"``.
+        lane: ``"read"``, ``"compute"``, ``"stall"``, or ``"budget"`` for a change of budget.
         name: the block or step.
         start, end: seconds on the ``time.perf_counter`` clock.
-        nbytes: bytes moved, for reads.
+        nbytes: bytes moved, for reads; the new budget, for its changes.
         worker: number of the reader thread, for reads.
     """
 

@@ -62,8 +62,10 @@ from narrowboat.arena.slab import Slab
 from narrowboat.machine.memory import process_memory
 rss = lambda: process_memory().rss >> 20
 start = rss()
-slab = Slab(64 << 20, behind=sys.argv[1] == "behind")
-slab.finish_populating()
+slab = Slab(64 << 20, populate=sys.argv[1] == "now")
+if sys.argv[1] == "behind":
+    slab.hold([(0, 64 << 20)], behind=True)
+    slab.finish_populating()
 populated = rss() - start
 tensor = slab.tensor(0, torch.float32, (1024, 1024))
 tensor.fill_(7.0)

@@ -364,7 +364,7 @@ def test_a_second_session_is_not_taken_for_an_overrun_of_the_first(tmp_path: Pat
             first(x)
             second(x)
     assert nb.session(first).plan.fixed_bytes == reserved
-    assert nb.session(first)._prepared.correction == 0
+    assert nb.session(first).prepared.corrections == {}
 
 
 def test_a_model_is_streamed_only_once(deep: Any) -> None:

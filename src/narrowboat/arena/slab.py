@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import threading
+from functools import cache
 
 import torch
 
@@ -16,7 +17,9 @@ from narrowboat.quantities import format_bytes
 
 PAGE = 4096
 _HUGE = 2 << 20
-_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", 14)
+_MADV_DONTNEED = 4
+_MADV_HUGEPAGE = 14
+_MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python 3.11's mmap module
 _PIECE = 16 << 20  # bytes populated at a time behind the caller's back
 
@@ -24,61 +27,82 @@ _PIECE = 16 << 20  # bytes populated at a time behind the caller's back
 class Slab:
     """Anonymous memory handed out as tensor views by reference.
 
+    A slab is a reservation of addresses. What of it is backed by memory is populated all at once, or range by range
+    as its owner says (``hold``, ``release``), so that a plan can change without any weight changing its address.
+
     Args:
         nbytes: size in bytes; rounded up to a page.
-        lock: keep it from being swapped out (``mlock``).
-        behind: populate from a thread, front to back, while the caller goes on. What is touched before its turn is
-            faulted in by the touch; the first answer need not wait for the whole to be zeroed.
+        lock: keep what is held from being swapped out (``mlock``).
+        populate: hold everything from the start; otherwise nothing.
 
     Attributes:
-        locked: whether locking was asked for and granted.
-        huge: whether huge pages were advised.
+        locked: whether locking was asked for and granted for all that is held.
 
     Raises:
         StorageError: the system has no such memory to give.
     """
 
-    def __init__(self, nbytes: int, *, lock: bool = False, behind: bool = False) -> None:
+    def __init__(self, nbytes: int, *, lock: bool = False, populate: bool = True) -> None:
         self.nbytes = max(-(-nbytes // PAGE) * PAGE, PAGE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0 if populate else _MAP_NORESERVE)
         try:
-            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = mmap.mmap(-1, self.nbytes, flags=flags)
         except OSError as error:
             raise StorageError(
                 f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget"
             ) from error
         self._view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        # Below one huge page the advice can only make the slab larger than asked for.
-        self.huge = self.nbytes >= _HUGE and self._advise(_MADV_HUGEPAGE)
+        self._lock = self.locked = lock
         self._stop = threading.Event()
         self._populating: threading.Thread | None = None
-        if behind and not lock:
-            arguments = (self._map, self.address, self.nbytes, self._stop)
-            self._populating = threading.Thread(
-                target=_populate, args=arguments, name="narrowboat-populate", daemon=True
-            )
-            self._populating.start()
-        elif not self._advise(_MADV_POPULATE_WRITE):
-            for offset in range(0, self.nbytes, PAGE):
-                self._map[offset] = 0
         self._ticket = watch(self.address, self.nbytes)
-        self.locked = (
-            lock
-            and ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
-            == 0
-        )
+        if populate:
+            self.hold([(0, self.nbytes)])
 
-    def _advise(self, advice: int) -> bool:
-        try:
-            self._map.madvise(advice)
-        except OSError as error:
-            if error.errno in (errno.ENOMEM, errno.EFAULT):
+    def hold(self, ranges: list[tuple[int, int]], *, behind: bool = False) -> None:
+        """Back byte ranges ``(offset, nbytes)`` with memory.
+
+        Args:
+            ranges: page-aligned; each is given huge pages of its own where it has room for them.
+            behind: populate from a thread, front to back, while the caller goes on. What is touched before its turn
+                is faulted in by the touch; the first answer need not wait for the whole to be zeroed.
+
+        Raises:
+            StorageError: the system has no such memory to give.
+        """
+        self.finish_populating()
+        for offset, nbytes in ranges:
+            # Only inside the range: a huge page across its end would hold more than was asked for.
+            low = -(-(self.address + offset) // _HUGE) * _HUGE
+            high = (self.address + offset + nbytes) // _HUGE * _HUGE
+            if high > low:
+                _madvise(low, high - low, _MADV_HUGEPAGE)
+        if behind and not self._lock:
+            arguments = (self._map, self.address, ranges, self._stop)
+            self._populating = threading.Thread(target=_populate, args=arguments, name="narrowboat-populate")
+            self._populating.daemon = True
+            self._populating.start()
+            return
+        for offset, nbytes in ranges:
+            problem = _madvise(self.address + offset, nbytes, _MADV_POPULATE_WRITE)
+            if problem in (errno.ENOMEM, errno.EFAULT):
                 raise StorageError(
-                    f"cannot populate {format_bytes(self.nbytes)} of memory: {os.strerror(error.errno)}; "
-                    "lower the budget"
-                ) from error
-            return False
-        return True
+                    f"cannot populate {format_bytes(nbytes)} of memory: {os.strerror(problem)}; lower the budget"
+                )
+            if problem:  # a kernel before 5.14
+                for at in range(offset, offset + nbytes, PAGE):
+                    self._map[at] = self._map[at]
+            if self._lock:
+                self.locked &= _libc().mlock(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(nbytes)) == 0
+
+    def release(self, ranges: list[tuple[int, int]]) -> None:
+        """Give the memory of byte ranges ``(offset, nbytes)`` back to the system; they read as zeros afterwards."""
+        self.finish_populating(give_up=True)
+        for offset, nbytes in ranges:
+            if self._lock:
+                _libc().munlock(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(nbytes))
+            _madvise(self.address + offset, nbytes, _MADV_DONTNEED)
 
     def bytes_at(self, offset: int, nbytes: int) -> memoryview:
         """The writable bytes ``[offset, offset + nbytes)``, by reference."""
@@ -115,19 +139,29 @@ class Slab:
 
     def finish_populating(self, *, give_up: bool = False) -> None:
         """Wait for the thread that populates, or stop it."""
-        if give_up:
-            self._stop.set()
         if self._populating is not None:
+            if give_up:
+                self._stop.set()
             self._populating.join()
             self._populating = None
+            self._stop.clear()
 
 
-def _populate(keep_mapped: mmap.mmap, address: int, nbytes: int, stop: threading.Event) -> None:
-    # Through ctypes, which lets go of the interpreter's lock; Python's own madvise does not. ``keep_mapped`` is held
-    # so that the addresses stay valid. Where the call is refused, pages come when they are touched.
-    madvise = ctypes.CDLL(None).madvise
-    for at in range(0, nbytes, _PIECE):
-        if stop.is_set():
-            return
-        piece = min(_PIECE, nbytes - at)
-        madvise(ctypes.c_void_p(address + at), ctypes.c_size_t(piece), ctypes.c_int(_MADV_POPULATE_WRITE))
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _madvise(address: int, nbytes: int, advice: int) -> int:
+    """0 or an errno. Through ctypes, which lets go of the interpreter's lock; Python's own madvise does not."""
+    failed = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
+    return ctypes.get_errno() if failed else 0
+
+
+def _populate(keep_mapped: mmap.mmap, address: int, ranges: list[tuple[int, int]], stop: threading.Event) -> None:
+    # ``keep_mapped`` is held so that the addresses stay valid. Where the call is refused, pages come when touched.
+    for offset, nbytes in ranges:
+        for at in range(offset, offset + nbytes, _PIECE):
+            if stop.is_set():
+                return
+            _madvise(address + at, min(_PIECE, offset + nbytes - at), _MADV_POPULATE_WRITE)

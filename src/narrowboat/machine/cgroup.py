@@ -92,14 +92,16 @@ class MemoryCgroup:
         except OSError as error:
             raise NarrowboatError(f"cannot make a memory cgroup in {parent}: {error.strerror}") from error
         try:
-            self._limit_to(limit)
+            self.set_limit(limit)
         except OSError as error:
             with suppress(OSError):
                 self.folder.rmdir()
             raise NarrowboatError(f"cannot limit the memory cgroup {self.folder}: {error.strerror}") from error
         self._procs = self.folder / "cgroup.procs"
 
-    def _limit_to(self, limit: int) -> None:
+    def set_limit(self, limit: int) -> None:
+        """Change the limit. Raises OSError where the kernel refuses (version 1: below what cannot be reclaimed)."""
+        self.limit = limit
         first, swap, swap_limit = (
             ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", limit)
             if self.version == 1

@@ -15,10 +15,12 @@ Source: the libgomp manual, "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY".
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from narrowboat.machine.cache import cache_folder, write_durably
@@ -188,3 +190,11 @@ def openmp_status(
         else ""
     )
     return OpenMPStatus(count, team, policy, _runtime(Path("/")), risky, advice)
+
+
+@lru_cache(maxsize=1)
+def warn_about_openmp() -> None:
+    """Warn once per process where waiting threads would starve whatever runs beside them."""
+    status = openmp_status()
+    if status.risky:
+        logging.getLogger("narrowboat").warning("%s", status.advice)

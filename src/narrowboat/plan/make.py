@@ -1,8 +1,9 @@
 """The plan: what stays resident, what streams, where each block lies, and how long a pass will take.
 
-First version, right but simple. If everything fits, everything is resident. Otherwise a range of window sizes is
-tried, each with the resident set spread over the network, and the one with the shortest predicted pass wins; among
-equals the smallest window, because what the window does not take is resident.
+If everything fits, everything is resident. Otherwise a range of window sizes is tried, each with the resident set
+spread over the network, and the one with the shortest predicted pass wins; among equals the smallest window, because
+what the window does not take is resident. Asked to be thorough, it searches on
+until the bound says that it is enough.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from narrowboat.errors import BudgetError
+from narrowboat.errors import BudgetError, UsageError
+from narrowboat.plan.bound import latency_bound
 from narrowboat.plan.layout import peak_held, place
 from narrowboat.plan.model import Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
+from narrowboat.plan.schemes import SCHEMES
+from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidate
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
 
@@ -56,29 +60,76 @@ def _least_window(blocks: tuple[Block, ...]) -> int:
     return total
 
 
-def make_plan(workload: Workload, machine: Machine, budget: int) -> Plan:
+def make_plan(
+    workload: Workload, machine: Machine, budget: int, *, scheme: str = "best", thorough: bool = False
+) -> Plan:
     """Decide for ``budget`` bytes.
+
+    Args:
+        scheme: ``"best"``, or the name of one of ``plan.schemes``, for comparison.
+        thorough: search on, for a second or so, where the rules of thumb stay behind the bound.
 
     Raises:
         BudgetError: no plan fits; carries the smallest budget that would do and the layer that sets it.
+        UsageError: no such scheme.
     """
     least = check_budget(workload, budget)
     room = budget - workload.fixed_bytes
-    best: Plan | None = None
+    if scheme != "best":
+        return _by_scheme(workload, machine, budget, least, scheme)
+    bound = latency_bound(workload, machine, room)
+    best, timing = _by_rules(workload, machine, room)
+    if thorough and timing.latency > bound * (1 + ENOUGH):
+        for scheme_of in SCHEMES.values():
+            decided = scheme_of(workload, machine, room)
+            if decided is not None:
+                _, resident, streamed, places = decided
+                found = simulate(workload, machine, resident, streamed, places, passes=3)
+                if found.latency < timing.latency:
+                    window = room - sum(workload.blocks[i].nbytes for i in resident)
+                    best, timing = (resident, streamed, places, window), found
+        if len(workload.blocks) <= FEW:
+            for candidate in every_candidate(workload, room):
+                found = simulate(workload, machine, *candidate[:3], passes=3)
+                if found.latency < timing.latency:
+                    best, timing = candidate, found
+        else:
+            best, timing = climb(workload, machine, room, best, timing, bound)
+    return replace(_assemble(workload, machine, budget, least, best, timing), lower_bound=bound)
+
+
+def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidate, Timing]:
+    best: tuple[Candidate, Timing] | None = None
     worse = 0
     for candidate in _candidates(workload, room):
-        resident, streamed, places, _ = candidate
-        timing = simulate(workload, machine, resident, streamed, places, passes=3)
+        timing = simulate(workload, machine, *candidate[:3], passes=3)
         # A window has to earn its bytes: half a percent, or the smaller one stays.
-        if best is not None and timing.latency > best.timing.latency * (1 - 5e-3):
+        if best is not None and timing.latency > best[1].latency * (1 - 5e-3):
             worse += 1
             if worse >= _PATIENCE:
                 break
             continue
         worse = 0
-        best = _assemble(workload, machine, budget, least, candidate, timing)
+        best = candidate, timing
     assert best is not None  # the least window is among the candidates
     return best
+
+
+def _by_scheme(workload: Workload, machine: Machine, budget: int, least: tuple[int, str], scheme: str) -> Plan:
+    if scheme not in SCHEMES:
+        raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    room = budget - workload.fixed_bytes
+    decided = SCHEMES[scheme](workload, machine, room)
+    if decided is None:
+        raise BudgetError(
+            f"scheme {scheme!r} cannot hold this model in {format_bytes(budget)}; scheme 'best' can",
+            minimum=workload.fixed_bytes + workload.weight_bytes,
+            limiter=scheme,
+        )
+    changed, resident, streamed, places = decided
+    timing = simulate(changed, machine, resident, streamed, places, passes=3)
+    plan = _assemble(changed, machine, budget, least, (resident, streamed, places, 0), timing)
+    return replace(plan, lower_bound=latency_bound(workload, machine, room), scheme=scheme)
 
 
 def check_budget(workload: Workload, budget: int) -> tuple[int, str]:
@@ -98,9 +149,6 @@ def check_budget(workload: Workload, budget: int) -> tuple[int, str]:
             limiter=limiter,
         )
     return minimum, limiter
-
-
-Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]
 
 
 def _candidates(workload: Workload, room: int) -> Iterator[Candidate]:

@@ -25,6 +25,8 @@ class Plan:
         timing: predicted steady pass.
         blocks: the blocks the indices mean.
         machine: the storage the prediction rests on.
+        lower_bound: seconds that no plan within the budget can beat (``plan.bound``).
+        scheme: how it was made: ``"best"``, or one of ``plan.schemes``.
     """
 
     budget: int
@@ -40,6 +42,8 @@ class Plan:
     window_bytes: int
     timing: Timing
     machine: Machine
+    lower_bound: float = 0.0
+    scheme: str = "best"
 
     @property
     def arena_bytes(self) -> int:
@@ -57,9 +61,9 @@ class Plan:
         return self.timing.latency
 
     @property
-    def bound(self) -> float:
-        """Seconds no plan with this resident set can beat: the longer of computing and reading."""
-        return max(self.timing.compute, self.timing.bytes_read / self.machine.bandwidth)
+    def gap(self) -> float:
+        """By what share the prediction lies above ``lower_bound``: at most this much could another plan gain."""
+        return max(self.timing.latency / self.lower_bound - 1, 0.0) if self.lower_bound else 0.0
 
     def __str__(self) -> str:
         return explain(self)
@@ -79,7 +83,8 @@ def explain(plan: Plan) -> str:
     lines += [
         f"reads         {format_bytes(timing.bytes_read)} per pass at {plan.machine.bandwidth / 1e9:.2f} GB/s",
         f"predicted     {format_seconds(timing.latency)} per pass: {format_seconds(timing.compute)} computing, "
-        f"{format_seconds(timing.stall)} waiting (bound {format_seconds(plan.bound)})",
+        f"{format_seconds(timing.stall)} waiting (no plan can do it in less than {format_seconds(plan.lower_bound)}: "
+        f"gap {plan.gap:.1%})",
     ]
     worst = sorted(timing.stall_by_block.items(), key=lambda item: -item[1])[:3]
     if timing.stall > 0.01 * timing.latency:
@@ -105,7 +110,9 @@ def summary(plan: Plan) -> dict[str, object]:
         "predicted_latency_ms": plan.timing.latency * 1e3,
         "predicted_stall_ms": plan.timing.stall * 1e3,
         "compute_ms": plan.timing.compute * 1e3,
-        "bound_ms": plan.bound * 1e3,
+        "bound_ms": plan.lower_bound * 1e3,
+        "gap": plan.gap,
+        "scheme": plan.scheme,
         "bandwidth_bytes_per_s": plan.machine.bandwidth,
         "text": f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window, "
         f"{format_seconds(plan.timing.latency)} per pass",

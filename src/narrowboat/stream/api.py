@@ -21,6 +21,7 @@ from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
 from narrowboat.profile.warmup import warm_up
 from narrowboat.quantities import parse_bytes
+from narrowboat.stream.auto import follow_limits, initial_budget
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
 
@@ -48,7 +49,7 @@ def stream(
         weights: a safetensors file, a sharded index, a Hugging Face folder, or a ``.pth`` file. None for a
             materialised module: its weights are then first written to ``offload_folder``.
         budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
-            ``"300MB"`` or ``"300MiB"``.
+            ``"300MB"`` or ``"300MiB"``; or ``"auto"``: what the machine can spare, followed while the session lives.
         example: inputs of one pass, a tuple of positional or a dict of keyword arguments; only shapes are used. If
             left out, the factory's ``example_inputs()`` is used where there is one, else the first real call is
             the trace.
@@ -66,7 +67,7 @@ def stream(
         ForeignHooksError: accelerate's or diffusers' hooks are on the model.
         UsageError: an argument cannot be used as given.
     """
-    nbytes = parse_bytes(budget, what="budget")
+    nbytes = None if budget == "auto" else parse_bytes(budget, what="budget")
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
@@ -99,6 +100,10 @@ def stream(
     try:
         prepared = prepare(model, weights, pair, strict=strict)
         # Everything that can be refused is refused before the module is touched.
+        ceiling = prepared.enough()
+        automatic = nbytes is None
+        if nbytes is None:
+            nbytes, _ = initial_budget(ceiling)
         prepared.check(nbytes)
         made = Session(
             prepared,
@@ -112,6 +117,8 @@ def stream(
         if cleanup is not None:
             cleanup()
         raise
+    if automatic:
+        follow_limits(made, ceiling)
     # In the module's own dictionary: the two then live and die together, and only the reader needs stopping.
     prepared.module.__dict__[_SESSION] = made
     weakref.finalize(prepared.module, made.reader.close, wait=False)

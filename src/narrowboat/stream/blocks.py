@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Weight
@@ -74,22 +75,54 @@ class BlockState:
             self.shown = True
 
 
+def home(plan: Plan) -> list[int]:
+    """Where each block lies while it is resident, under any plan of the same blocks; then the end of them all.
+
+    The window follows that end. A block that stays resident from one plan to the next has nothing to do.
+    """
+    return list(accumulate((block.nbytes for block in plan.blocks), initial=0))
+
+
+def held_ranges(plan: Plan) -> list[tuple[int, int]]:
+    """The ranges ``(offset, nbytes)`` of the slab that the plan holds: the window, and its resident blocks' homes."""
+    homes = home(plan)
+    window = [(homes[-1], plan.window_bytes)] if plan.window_bytes else []
+    return window + [(homes[i], plan.blocks[i].nbytes) for i in sorted(plan.resident) if plan.blocks[i].nbytes]
+
+
+def beyond(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What of ``ranges`` lies beyond ``others``: ranges that begin at the same offset share their first bytes."""
+    length = dict(others)
+    return [(at + min(length.get(at, 0), n), n - length.get(at, 0)) for at, n in ranges if n > length.get(at, 0)]
+
+
 def make_blocks(
-    plan: Plan, groups: list[Group], weights: list[Weight], file_number: dict[str, int], *, packed: bool
+    plan: Plan,
+    groups: list[Group],
+    weights: list[Weight],
+    file_number: dict[str, int],
+    kept: dict[int, BlockState],
+    *,
+    packed: bool,
 ) -> list[BlockState]:
-    """The blocks of a plan, out, each knowing its place, what to read, and whose addresses meet its own.
+    """The blocks of a plan, each knowing its place, what to read, and whose addresses meet its own.
 
     Args:
         plan: the decisions.
+        kept: blocks, by number, that were in under the plan before and stay resident.
         groups: the weights of each of the plan's blocks.
         weights: all weights, by number.
         file_number: the reader's number of each weights file, by path.
         packed: whether the file's tensors begin at page boundaries.
     """
-    placed = set(plan.resident) | set(plan.streamed)
-    blocks = []
+    homes = home(plan)
+    streamed = set(plan.streamed)
+    blocks: list[BlockState] = []
     for i, group in enumerate(groups):
-        base = plan.offsets[i] if i in placed else None
+        if i in kept:
+            blocks.append(kept[i])
+            continue
+        base = homes[-1] + plan.offsets[i] if i in streamed else homes[i] if i in plan.resident else None
         blocks.append(
             BlockState(
                 index=i,

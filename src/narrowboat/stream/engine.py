@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,7 @@ class Engine:
         lock: held by the thread whose call is in progress; calls from other threads wait.
         record: measurements of the pass in progress.
         on_begin, on_end: called at the outermost entry and after the outermost exit of a pass.
+        on_boundary: called at every event, if set: a change of plan is wanted before the pass ends.
         on_torn: called before the next use after an interruption; puts a plan in force anew.
         depth: how many wrapped calls are in progress.
         running: a pass is in progress.
@@ -69,6 +70,7 @@ class Engine:
         self.on_end: Callable[[PassRecord | None], None] = lambda record: None
         self.on_touch: Callable[[], None] = lambda: None
         self.on_torn: Callable[[], None] = lambda: None
+        self.on_boundary: Callable[[], None] | None = None
         self.depth = 0
         self.running = False
         self.torn = False
@@ -126,16 +128,28 @@ class Engine:
             number, kind = self._events[first]
             if kind == ENTER:
                 self._uses_of_module.setdefault(number, []).append(block)
+        if self.running:  # the pass goes on where it is
+            self._prefetcher.jump(self._pos + 1)
         self._prefetcher.advance()
 
-    def let_go(self) -> None:
-        """Take every block out and forget the plan; nothing may be running."""
+    def let_go(self, keep: Collection[int] = ()) -> dict[int, BlockState]:
+        """Take the blocks out and forget the plan; those in use have to be among ``keep``.
+
+        Args:
+            keep: numbers of resident blocks that stay as they are, if they are in.
+
+        Returns:
+            What was kept, by number.
+        """
         self._reader.drain()
         self._prefetcher.rewind()
-        for block in list(self._pinned):
-            self._unpin(block)
+        kept = {}
         for block in self.blocks:
             self._swapper.settle(block)
+            if block.index in keep and block.state is State.IN and block.resident and block.private is None:
+                kept[block.index] = block
+                continue
+            self._unpin(block)
             self._swapper.evict(block)
             forget_views(block)
         self.blocks = []
@@ -143,6 +157,13 @@ class Engine:
         self._holds = []
         self._uses_of_module = {}
         self._prefetcher.arrange([])
+        return kept
+
+    def may_change(self, resident: Collection[int]) -> bool:
+        """Whether another plan with this resident set could be put in force now: nothing else is in use."""
+        return not self._failed and all(
+            block.resident and block.index in resident and block.private is None for block in self._pinned
+        )
 
     # -- events ----------------------------------------------------------------------------------
 
@@ -224,6 +245,8 @@ class Engine:
         pos = self._pos
         if pos >= 0:
             self.record.step_seconds[pos] += now - self._resumed
+        if self.on_boundary is not None:
+            self.on_boundary()
         if self.observed is not None:
             self.observed.open_step(event)
         following = pos + 1

@@ -46,9 +46,9 @@ class Prepared:
         fixed_parts: bytes the budget pays besides weights, by name.
         owned: for each module number, the weights registered on that module itself.
         storage: chunk and depth of reads.
-        step_seconds: computing time by step; an estimate until ``measured``.
+        step_seconds: computing time by step; an estimate until ``measured_under`` says under which policy it was seen.
         policy: how the allocator treats freed activations.
-        correction: bytes by which the reserve is changed after what passes were seen to take.
+        corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -65,8 +65,8 @@ class Prepared:
     why_untraced: str = ""
     library_bytes: int = 0
     policy: MallocPolicy = MallocPolicy.DEFAULT
-    measured: bool = False
-    correction: int = 0
+    measured_under: MallocPolicy | None = None
+    corrections: dict[MallocPolicy, int] = field(default_factory=dict)
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -107,6 +107,15 @@ class Prepared:
         workloads = [self._workload(policy)[0] for policy in self._policies]
         return check_budget(min(workloads, key=lambda w: minimum_budget(w)[0]), budget)
 
+    def correct(self, nbytes: int) -> None:
+        """Change the reserve of the policy in force."""
+        self.corrections[self.policy] = self.corrections.get(self.policy, 0) + nbytes
+
+    def enough(self) -> int:
+        """A budget in bytes that holds everything under any allocator policy."""
+        workloads = [self._workload(policy)[0] for policy in self._policies]
+        return max(w.weight_bytes + w.fixed_bytes for w in workloads)
+
     @property
     def _policies(self) -> tuple[MallocPolicy, ...]:
         return tuple(MallocPolicy) if self.trace is not None and allocator_name() == "glibc" else (self.policy,)
@@ -126,9 +135,12 @@ class Prepared:
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
-            reserved["allocator"] = max(reserved["allocator"] + self.correction, 0)
-            if not self.measured:
-                slower = 1 + fault_seconds(trace, policy) / max(sum(seconds), 1e-9)
+            reserved["allocator"] = max(reserved["allocator"] + self.corrections.get(policy, 0), 0)
+            faults = fault_seconds(trace, policy)
+            if self.measured_under is not None:
+                faults -= fault_seconds(trace, self.measured_under)  # those are in the times already
+            slower = max(1 + faults / max(sum(seconds), 1e-9), 0.2)
+            if faults:
                 seconds = tuple(s * slower for s in seconds)
         parts = tuple(reserved.items())
         return Workload(tuple(g.block for g in groups), seconds, sum(nbytes for _, nbytes in parts), parts), groups

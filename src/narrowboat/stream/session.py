@@ -6,36 +6,41 @@ import contextlib
 import logging
 import os
 import statistics
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
-from narrowboat.checkpoint import WeightsIndex
-from narrowboat.errors import BudgetError, GradientError, NarrowboatError, StreamedModelError, UsageError
+from narrowboat.errors import (
+    BudgetError,
+    GradientError,
+    NarrowboatError,
+    SessionClosedError,
+    StreamedModelError,
+    UsageError,
+)
 from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.machine.memory import process_memory
-from narrowboat.machine.openmp import openmp_status
+from narrowboat.machine.openmp import openmp_status, warn_about_openmp
 from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.skeleton import attach_slots
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group
-from narrowboat.quantities import format_bytes
-from narrowboat.stream.blocks import make_blocks
+from narrowboat.quantities import format_bytes, parse_bytes
+from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
+from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
-from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
+from narrowboat.stream.probe import quick_bandwidth
+from narrowboat.stream.reader import Reader, WeightsFile
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
 
@@ -52,6 +57,9 @@ class Session:
     """Handle of a streamed model; ``nb.session(model)`` returns it. A context manager: leaving it closes it.
 
     Attributes:
+        prepared: what its plans are made from.
+        machine: the storage as measured.
+        timeline: what happened when.
         plan: the plan in force (``print(session.plan)`` explains it).
         ledger: who holds how many bytes.
     """
@@ -68,7 +76,7 @@ class Session:
         baseline: int,
         cleanup: Callable[[], None] | None = None,
     ) -> None:
-        self._prepared = prepared
+        self.prepared = prepared
         self._weights = prepared.weights
         self._index = index = prepared.index
         self._budget = budget
@@ -78,15 +86,17 @@ class Session:
         self._peak_before = process_memory().hwm
         self._closed = False
         self.ledger = Ledger()
-        self._timeline = Trace()
+        self.timeline = Trace()
         self._records: deque[PassRecord] = deque(maxlen=256)
         self._passes = 0
         self._complete = 0
         self._sampled_peak = 0
         self._peak_answered = 0
+        self._change = BudgetChange(self)
         self._settled = False
         self._slab: Slab | None = None
-        self._files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in _stamped(index)]
+        pairs = zip(index.files, index.stamps, strict=True)
+        self._files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
         if io == "direct" and not all(file.direct for file in self._files):
             reason = next(file.refusal for file in self._files if not file.direct)
             self._close_files()
@@ -95,15 +105,15 @@ class Session:
             )
         self._file_number = {str(file.path): i for i, file in enumerate(self._files)}
         self.reader = Reader(
-            self._files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self._timeline
+            self._files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
         )
         try:
-            self._machine = Machine(bandwidth=self._probe_bandwidth())
-            plan, groups = prepared.choose(self._machine, budget)
+            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self._files))
+            plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap
             attach_slots(prepared.module, prepared.matched)
-            self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self._timeline)
+            self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
             self.engine.on_touch = self._check_files
@@ -119,7 +129,7 @@ class Session:
             raise
         wrap_modules(prepared.module, self.engine)
         _open_sessions.add(self)
-        _warn_about_openmp()
+        warn_about_openmp()
         if prepared.trace is None:
             level = logging.INFO if prepared.why_untraced == NO_EXAMPLE else logging.WARNING
             log.log(
@@ -130,8 +140,29 @@ class Session:
 
     @property
     def budget(self) -> int:
-        """Bytes the session may use over the process baseline."""
+        """Bytes the session may use over the process baseline; set it to change it while the session lives.
+
+        Takes effect before the assignment returns, or, while a pass is in progress, at its next block boundary (less)
+        or its end (more). What stays resident is not read again; what goes is given back at once; no answer changes.
+
+        Raises:
+            BudgetError: the new budget cannot hold the model; the one in force stays.
+            QuantityError: it is no size.
+            SessionClosedError: the session is closed.
+        """
         return self._budget
+
+    @budget.setter
+    def budget(self, value: int | str) -> None:
+        self.change_budget(value, cause="asked")
+
+    def change_budget(self, value: int | str, *, cause: str) -> None:
+        """What setting ``budget`` does, with a ``cause`` for the trace."""
+        nbytes = parse_bytes(value, what="budget")
+        if self._closed:
+            raise SessionClosedError(self.engine.closed)
+        self.prepared.check(nbytes)
+        self._change.ask(nbytes, cause)
 
     @property
     def min_budget(self) -> int:
@@ -218,10 +249,10 @@ class Session:
             "copied_bytes": self.reader.bytes_copied,
             "direct_io": self.direct_io,
             "direct_io_refusal": next((f.refusal for f in self._files if f.refusal), ""),
-            "bandwidth_bytes_per_s": self._machine.bandwidth,
+            "bandwidth_bytes_per_s": self.machine.bandwidth,
             "misses": self.engine.misses,
             "jumps": self.engine.jumps,
-            "allocator_policy": self._prepared.policy.value,
+            "allocator_policy": self.prepared.policy.value,
             "memory_locked": self._slab.locked if self._slab is not None else False,
             "openmp_policy": status.policy,
             "openmp_risky": status.risky,
@@ -239,7 +270,7 @@ class Session:
 
     def trace(self) -> Trace:
         """The timeline of the recent passes; ``.save_chrome(path)`` writes it for Perfetto."""
-        return self._timeline
+        return self.timeline
 
     def __enter__(self) -> Session:
         return self
@@ -275,36 +306,43 @@ class Session:
     # -- how it works ------------------------------------------------------------------------------
 
     def _adopt(self, plan: Plan, groups: list[Group]) -> None:
+        """Put a plan in force in memory of its own; every block has to be out."""
         if self._slab is not None:
             self._slab.close()
-        self._slab = Slab(plan.arena_bytes, lock=self._lock_memory, behind=True)
+        # Twice the weights in addresses, not in memory: each block's home, and the window after them.
+        self._slab = Slab(2 * plan.weight_bytes, lock=self._lock_memory, populate=False)
+        self._slab.hold(held_ranges(plan), behind=True)
+        self._use(plan, groups, {})
+
+    def put_in_force(self, plan: Plan, groups: list[Group], *, budget: int | None = None) -> None:
+        """Replace the plan; blocks that are in and stay resident are left alone.
+
+        Args:
+            budget: bytes of the budget it was made for, where that is another.
+        """
+        if budget is not None:
+            self._budget = budget
+            self._peak_answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
+        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+        before, slab = self.plan, self._slab
+        if slab is None or plan.blocks != before.blocks:
+            self.engine.let_go()
+            self._adopt(plan, groups)
+            return
+        kept = self.engine.let_go(plan.resident)
+        old, new = held_ranges(before), held_ranges(plan)
+        slab.release(beyond(old, new))  # first: there is never more than the larger of the two
+        slab.hold(beyond(new, old), behind=True)
+        self._use(plan, groups, kept)
+
+    def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState]) -> None:
+        assert self._slab is not None
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)
         self.ledger.set("window", plan.window_bytes)
-        blocks = make_blocks(plan, groups, self._weights, self._file_number, packed=self._index.packed)
-        self.engine.adopt(plan, blocks, self._prepared.trace, self._slab)
-
-    def _probe_bandwidth(self) -> float:
-        """Bytes per second of reading a few megabytes of the weights themselves."""
-        sample = min(sum(e.nbytes for e in self._index.entries.values()) // PAGE * PAGE, 16 << 20)
-        size = max((file.stamp.size for file in self._files), default=0) // PAGE * PAGE
-        if min(sample, size) < 1 << 20:
-            return 1e9
-        number = max(range(len(self._files)), key=lambda i: self._files[i].stamp.size)
-        piece = 1 << 20
-        scratch = Slab(piece * 2)
-        try:
-            start = time.perf_counter()
-            jobs = [
-                self.reader.submit("probe", scratch, [Extent(number, at, piece, (at // piece % 2) * piece)])
-                for at in range(0, min(sample, size) - piece + 1, piece)
-            ]
-            for job in jobs:
-                self.reader.wait(job)
-            return len(jobs) * piece / (time.perf_counter() - start)
-        finally:
-            self.reader.drain()
-            scratch.close()
+        packed = self._index.packed
+        blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, packed=packed)
+        self.engine.adopt(plan, blocks, self.prepared.trace, self._slab)
 
     def _before_pass(self) -> None:
         if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
@@ -323,7 +361,7 @@ class Session:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""
         self.engine.abandon()
         self.ledger.set("off_plan", 0)
-        self._adopt(self.plan, self._prepared.workload()[1])
+        self._adopt(self.plan, self.prepared.workload()[1])
 
     def _check_files(self) -> None:
         for file in self._files:
@@ -331,8 +369,11 @@ class Session:
             file.check_open_file()
 
     def _after_pass(self, record: PassRecord | None) -> None:
-        if record is None:
-            return
+        if record is not None:
+            self._take_note(record)
+        self._change.follow()
+
+    def _take_note(self, record: PassRecord) -> None:
         for file in self._files:
             file.check_open_file()
         if self._records:
@@ -358,27 +399,27 @@ class Session:
 
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
         """The first real pass was the trace: plan by it."""
-        self._prepared.trace = observed
+        self.prepared.trace = observed
         share = record.compute / max(len(observed.events), 1)
-        self._prepared.step_seconds = tuple(share for _ in observed.events)
+        self.prepared.step_seconds = tuple(share for _ in observed.events)
         try:
-            plan, groups = self._prepared.choose(self._machine, self._budget)
+            plan, groups = self.prepared.choose(self.machine, self._budget)
         except NarrowboatError as error:
             # It ran, by loading on demand; without a plan it goes on doing so.
             log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
-            self._prepared.trace = None
+            self.prepared.trace = None
             return
-        self._replace(plan, groups)
+        self.put_in_force(plan, groups)
 
     def _settle(self, record: PassRecord) -> None:
         """Plan again from measured times and memory; move only if it is worth reading the resident set again."""
-        prepared = self._prepared
-        prepared.step_seconds, prepared.measured = tuple(record.step_seconds), True
+        prepared = self.prepared
+        prepared.step_seconds, prepared.measured_under = tuple(record.step_seconds), prepared.policy
         if record.read_busy > 0.005 and record.bytes_read:
-            self._machine = Machine(bandwidth=record.bytes_read / record.read_busy)
+            self.machine = Machine(bandwidth=record.bytes_read / record.read_busy)
         before = self.plan
         self.plan = replace(
-            retime(before, prepared.workload()[0], self._machine), minimum=before.minimum, limiter=before.limiter
+            retime(before, prepared.workload()[0], self.machine), minimum=before.minimum, limiter=before.limiter
         )
         if any(s.other is not None and s.written for w in self._weights for s in w.slots):
             return
@@ -386,32 +427,34 @@ class Session:
         if not over and not self.plan.streamed:
             return
         try:
-            better, groups = prepared.remake(self._machine, self._budget, self.plan)
+            better, groups = prepared.remake(self.machine, self._budget, self.plan)
         except BudgetError as error:
             log.warning("%s", error)
             return
         if over or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
-            self._replace(better, groups)
+            self.put_in_force(better, groups)
 
     def _correct_reserve(self) -> bool:
         """Set the reserve beside the weights by what two passes really took; True if they took more than they may."""
         if len(_open_sessions) != 1:
             return False  # the kernel counts for the process: nobody can say whose bytes they are
-        prepared = self._prepared
+        prepared = self.prepared
         over = self._overrun()
         if over > 0:
-            prepared.correction += over
+            prepared.correct(over)
             self._peak_answered = self.peak_bytes
             log.warning(
                 "a pass took %s more than the budget; the plan gives that much back from the weights",
                 format_bytes(over),
             )
             return True
-        if process_memory().hwm > self._peak_before:  # else the peak is a sample, and could have been missed
+        if (
+            not self._peak_answered and process_memory().hwm > self._peak_before
+        ):  # else the peak is a sample, and could have been missed
             taken = self.peak_bytes - self.plan.arena_bytes
             spare = self.plan.fixed_bytes - int(taken * _MARGIN) - _NOISE
             if spare > self._budget // 50:
-                prepared.correction -= spare
+                prepared.correct(-spare)
         return False
 
     def _overrun(self) -> int:
@@ -421,11 +464,6 @@ class Session:
         over = self.peak_bytes - max(self._budget, self._peak_answered)
         return over if over > max(self._budget // 100, _NOISE) else 0
 
-    def _replace(self, plan: Plan, groups: list[Group]) -> None:
-        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
-        self.engine.let_go()
-        self._adopt(plan, groups)
-
     def _close_files(self) -> None:
         for file in self._files:
             with contextlib.suppress(OSError):
@@ -433,7 +471,7 @@ class Session:
 
     def dismantle(self) -> None:
         """Take wrappers and stand-ins off the model of a closed session; its parameters are on meta then."""
-        unwrap_modules(self._prepared.module)
+        unwrap_modules(self.prepared.module)
         for weight in self._weights:
             for slot in weight.slots:
                 slot.release()
@@ -454,14 +492,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-@lru_cache(maxsize=1)
-def _warn_about_openmp() -> None:
-    status = openmp_status()
-    if status.risky:
-        log.warning("%s", status.advice)
-
-
-def _stamped(index: WeightsIndex) -> list[tuple[Path, Any]]:
-    return list(zip(index.files, index.stamps, strict=True))

@@ -34,7 +34,7 @@ class Swapper:
         # Two percent, or a mebibyte: rounding must not refuse what the plan's author would have allowed.
         self.room_off_plan = room_off_plan + max(1 << 20, slab.nbytes // 50)
         for block in blocks:
-            if block.offset is not None:
+            if block.offset is not None and block.state is State.OUT:
                 block.bind(slab, block.offset)
 
     def submit(self, block: BlockState, *, urgent: bool = False) -> None:

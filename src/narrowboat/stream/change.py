@@ -1,0 +1,89 @@
+"""Another budget while the session lives: between passes, or at a block boundary when less is wanted in a hurry."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from narrowboat.errors import BudgetError
+from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.plan import Plan
+from narrowboat.profile.workload import Group
+from narrowboat.quantities import format_bytes
+from narrowboat.trace import Event
+
+if TYPE_CHECKING:
+    from narrowboat.stream.session import Session
+
+log = logging.getLogger("narrowboat")
+
+
+class BudgetChange:
+    """A budget that was asked for and has not come yet; the last one asked for wins.
+
+    Args:
+        session: the session it changes.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._wanted: tuple[int, str] | None = None  # bytes and cause
+        self._chosen: tuple[Plan, list[Group]] | None = None  # the plan for it, waiting for a boundary
+
+    def ask(self, nbytes: int, cause: str) -> None:
+        """Change the budget now; or, while a pass is in progress, leave it to that pass and return.
+
+        Args:
+            nbytes: the new budget, known to be no less than the minimum.
+            cause: why, for the trace.
+        """
+        engine = self._session.engine
+        self._wanted = (nbytes, cause)
+        if nbytes < self._session.budget:
+            engine.on_boundary = self._at_boundary
+        while self._wanted is not None:
+            if engine.lock.acquire(timeout=0.02):
+                try:
+                    if engine.running:
+                        return  # called from inside a pass
+                    self.follow()
+                finally:
+                    engine.lock.release()
+            elif engine.running:
+                return  # the thread that runs the pass sees to it
+
+    def follow(self, chosen: tuple[Plan, list[Group]] | None = None) -> None:
+        """Put what was asked for in force, if anything was. The caller holds the engine's lock."""
+        if self._wanted is None:
+            return
+        session = self._session
+        (nbytes, cause), self._wanted = self._wanted, None
+        session.engine.on_boundary, self._chosen = None, None
+        start, before = time.perf_counter(), session.budget
+        try:
+            plan, groups = chosen or session.prepared.choose(session.machine, nbytes)
+        except BudgetError as error:
+            log.warning("the budget stays %s: %s", format_bytes(before), error)
+            return
+        set_malloc_policy(session.prepared.policy)
+        session.put_in_force(plan, groups, budget=nbytes)
+        trim()
+        told = f"{format_bytes(before)} -> {format_bytes(nbytes)} ({cause})"
+        log.info("budget %s", told)
+        session.timeline.add(Event("budget", told, start, time.perf_counter(), nbytes))
+
+    def _at_boundary(self) -> None:
+        """Called between two steps of a pass, by the thread that runs it."""
+        session = self._session
+        if self._wanted is None:
+            session.engine.on_boundary = None
+            return
+        if self._chosen is None or self._chosen[0].budget != self._wanted[0]:
+            try:
+                self._chosen = session.prepared.choose(session.machine, self._wanted[0])
+            except BudgetError:
+                self.follow()  # says so
+                return
+        if session.engine.may_change(self._chosen[0].resident):
+            self.follow(self._chosen)

@@ -1,0 +1,145 @@
+"""No plan beats the bound; a thorough plan reaches the best there is where that can be counted out."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import combinations, pairwise, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narrowboat.errors import BudgetError, UsageError
+from narrowboat.plan import Block, Machine, Workload, make_plan, minimum_budget, simulate
+from narrowboat.plan.bound import latency_bound
+from narrowboat.plan.layout import concurrent_sets
+from narrowboat.plan.schemes import SCHEMES
+
+PAGE = 4096
+MACHINE = Machine(bandwidth=PAGE * 1000.0, read_latency=0.0)  # a page takes a millisecond
+
+
+@st.composite
+def chains(draw: st.DrawFn, most: int = 4) -> Workload:
+    """A few blocks of a few pages used one after the other, some of them twice."""
+    count = draw(st.integers(2, most))
+    pages = draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
+    again = draw(st.integers(-1, count - 2))
+    holds: list[list[tuple[int, int]]] = [[(i, i)] for i in range(count)]
+    if again >= 0:
+        holds[again].append((count, count))
+    steps = draw(st.lists(st.integers(0, 5), min_size=count + 1, max_size=count + 1))
+    blocks = tuple(
+        Block(f"b{i}", n * PAGE, n * PAGE, tuple(h)) for i, (n, h) in enumerate(zip(pages, holds, strict=True))
+    )
+    return Workload(blocks, tuple(seconds * 1e-3 for seconds in steps))
+
+
+def best_by_counting(workload: Workload, room: int) -> float:
+    """The shortest pass of all resident sets and all places on the grid of pages."""
+    best = float("inf")
+    numbers = range(len(workload.blocks))
+    for count in range(len(workload.blocks) + 1):
+        for chosen in combinations(numbers, count):
+            window = room - sum(workload.blocks[i].nbytes for i in chosen)
+            streamed = tuple(i for i in numbers if i not in chosen)
+            blocks = [workload.blocks[i] for i in streamed]
+            if window < 0 or any(block.nbytes > window for block in blocks):
+                continue
+            together = concurrent_sets(blocks)
+            for places in product(*[range(0, window - block.nbytes + 1, PAGE) for block in blocks]):
+                apart = all(
+                    places[i] + blocks[i].nbytes <= places[j] or places[j] + blocks[j].nbytes <= places[i]
+                    for i in range(len(blocks))
+                    for j in together[i]
+                )
+                if apart:
+                    best = min(best, simulate(workload, MACHINE, chosen, streamed, places, passes=3).latency)
+    return best
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(), st.integers(0, 5))
+def test_a_thorough_plan_is_the_best_there_is_on_small_networks(workload: Workload, spare: int) -> None:
+    budget = minimum_budget(workload)[0] + spare * PAGE
+    plan = make_plan(workload, MACHINE, budget, thorough=True)
+    assert plan.predicted_latency == pytest.approx(best_by_counting(workload, budget), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(chains(), st.integers(0, 5))
+def test_no_plan_beats_the_bound(workload: Workload, spare: int) -> None:
+    room = minimum_budget(workload)[0] + spare * PAGE
+    assert latency_bound(workload, MACHINE, room) <= best_by_counting(workload, room) + 1e-9
+
+
+def test_the_bound_sees_that_a_large_layer_cannot_be_read_beside_another() -> None:
+    # 10 pages of room: the layer of 9 can be read only while layers of 1 run, not while that of 3 does.
+    blocks = tuple(Block(f"b{i}", n * PAGE, n * PAGE, ((i, i),)) for i, n in enumerate((1, 3, 9)))
+    workload = Workload(blocks, (0.005, 0.050, 0.002))
+    assert latency_bound(workload, MACHINE, 10 * PAGE) == pytest.approx(0.050 + 0.002)
+    assert latency_bound(workload, MACHINE, 9 * PAGE) == pytest.approx(0.005 + 0.050 + 0.002)
+
+
+def network(count: int, seed: int = 0) -> Workload:
+    chance = random.Random(seed)
+    pages = [chance.randint(20, 1200) for _ in range(count)]
+    blocks = tuple(Block(f"b{i}", n * PAGE, n * PAGE, ((i, i),)) for i, n in enumerate(pages))
+    return Workload(blocks, tuple(chance.uniform(1e-4, 4e-3) for _ in range(count)))
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.8])
+def test_a_scheme_is_sound_and_never_better_than_the_best_plan(scheme: str, share: float) -> None:
+    workload = network(40)
+    machine = Machine(bandwidth=1e9)
+    budget = int(workload.weight_bytes * share)
+    plan = make_plan(workload, machine, budget, scheme=scheme)
+    assert plan.scheme == scheme
+    assert plan.arena_bytes <= budget
+    together = concurrent_sets(plan.blocks)
+    for i, block in enumerate(plan.blocks):
+        for j in together[i]:
+            other = plan.blocks[j]
+            assert (
+                plan.offsets[i] + block.nbytes <= plan.offsets[j] or plan.offsets[j] + other.nbytes <= plan.offsets[i]
+            )
+    best = make_plan(workload, machine, budget, thorough=True)
+    assert best.lower_bound <= best.predicted_latency <= plan.predicted_latency * (1 + 1e-9)
+
+
+def test_swapnets_scheme_swaps_two_parts_at_a_time() -> None:
+    workload = network(12)
+    plan = make_plan(workload, Machine(bandwidth=1e9), workload.weight_bytes // 2, scheme="swapnet")
+    parts = sorted({block.holds[0] for block in plan.blocks})
+    assert len(parts) > 2
+    sizes = [sum(b.nbytes for b in plan.blocks if b.holds[0] == part) for part in parts]
+    assert all(a + b <= workload.weight_bytes // 2 for a, b in pairwise(sizes))
+    assert not plan.resident
+
+
+def test_an_unknown_scheme_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="swapnet"):
+        make_plan(network(4), MACHINE, 1 << 30, scheme="nonsense")
+
+
+def test_a_scheme_that_needs_more_says_so() -> None:
+    blocks = (Block("a", 10 * PAGE, 10 * PAGE, ((0, 0),)), Block("b", 10 * PAGE, 10 * PAGE, ((1, 1),)))
+    workload = Workload(blocks, (0.001, 0.001))
+    with pytest.raises(BudgetError, match="swapnet"):
+        make_plan(workload, MACHINE, 10 * PAGE, scheme="swapnet")
+
+
+def test_the_same_arguments_give_the_same_plan() -> None:
+    workload, machine = network(60), Machine(bandwidth=5e8)
+    budget = workload.weight_bytes // 3
+    assert make_plan(workload, machine, budget, thorough=True) == make_plan(workload, machine, budget, thorough=True)
+
+
+def test_a_thousand_tensors_take_seconds_and_not_minutes() -> None:
+    workload = network(1000)
+    start = time.process_time()
+    plan = make_plan(workload, Machine(bandwidth=1e9), workload.weight_bytes // 3, thorough=True)
+    assert time.process_time() - start < 30  # about a second; the machines that test are busy ones
+    assert plan.gap < 0.05

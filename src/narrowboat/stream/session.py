@@ -419,7 +419,7 @@ class Session:
         if len(_open_sessions) != 1:
             return 0
         over = self.peak_bytes - max(self._budget, self._peak_answered)
-        return over if over > max(self._budget // 100, _NOISE) else 0
+        return over if over > min(self._budget // 100, _NOISE) else 0
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")

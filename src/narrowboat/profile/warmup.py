@@ -53,6 +53,8 @@ def warm_up() -> None:
     sampler, example = _sample()
     with torch.inference_mode():
         sampler(*example)
+        sampler.bfloat16()(example[0].bfloat16(), example[1])  # half precision has kernels and buffers of its own
+        F.linear(torch.zeros(128, 1024, dtype=torch.bfloat16), torch.zeros(2048, 1024, dtype=torch.bfloat16))
         # Large enough for every thread to take its packing buffer.
         F.conv2d(torch.zeros(1, 64, 56, 56), torch.zeros(64, 64, 3, 3), padding=1)
         compute_rates(torch.get_num_threads())

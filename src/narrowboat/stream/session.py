@@ -462,7 +462,7 @@ class Session:
         if len(_open_sessions) != 1:
             return 0
         over = self.peak_bytes - max(self._budget, self._peak_answered)
-        return over if over > max(self._budget // 100, _NOISE) else 0
+        return over if over > min(self._budget // 100, _NOISE) else 0
 
     def _close_files(self) -> None:
         for file in self._files:

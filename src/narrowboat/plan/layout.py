@@ -54,7 +54,7 @@ def place(blocks: Sequence[Block], window: int) -> list[int] | None:
         taken = sorted((offsets[j], offsets[j] + blocks[j].nbytes) for j in together[i] if j < i)
         offset = None
         for start in (hand, 0):
-            offset = first_fit(taken, start, block.nbytes, window)
+            offset = _first_fit(taken, start, block.nbytes, window)
             if offset is not None:
                 break
         if offset is None:
@@ -64,8 +64,7 @@ def place(blocks: Sequence[Block], window: int) -> list[int] | None:
     return offsets
 
 
-def first_fit(taken: list[tuple[int, int]], start: int, nbytes: int, window: int) -> int | None:
-    """The lowest offset from ``start`` on where ``nbytes`` fit between ``taken`` spans; None if there is none."""
+def _first_fit(taken: list[tuple[int, int]], start: int, nbytes: int, window: int) -> int | None:
     for low, high in taken:
         if start + nbytes <= low:
             break

@@ -1,29 +1,28 @@
 """Better plans than the rules of thumb give: everything tried where that is little, else a hill climb with a bound.
 
 A candidate is a resident set, the streamed blocks and their places. On a handful of blocks every resident set is
-tried with every order of laying the others down (lowest place that fits: some order gives every layout that cannot be
-pushed together further). On more, blocks that stall change places with resident ones for as long as that shortens the
-pass and the bound says that there is something left to gain.
+tried with every way in which the others can share addresses. On more, blocks that stall change places with resident
+ones for as long as that shortens the pass and the bound says that there is something left to gain.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from itertools import combinations, permutations
+from collections.abc import Iterator, Sequence
+from itertools import combinations, product
 
-from narrowboat.plan.layout import concurrent_sets, first_fit, place
-from narrowboat.plan.model import Machine, Workload
+from narrowboat.plan.layout import concurrent_sets, place
+from narrowboat.plan.model import Block, Machine, Workload
 from narrowboat.plan.timing import Timing, simulate
 
 Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]  # resident, streamed, their offsets, window bytes
-FEW = 5  # blocks up to which everything is tried
+FEW = 4  # blocks up to which everything is tried
 ENOUGH = 2e-3  # a plan so close to the bound is not searched for a better one
 _STEPS = 40_000  # block visits of the simulation that one search may cost, about a second
 
 
 def every_candidate(workload: Workload, room: int) -> Iterator[Candidate]:
-    """All resident sets with all layouts; for a handful of blocks."""
+    """All resident sets, each with one layout of every kind; for a handful of blocks."""
     blocks = workload.blocks
     numbers = range(len(blocks))
     for count in range(len(blocks) + 1):
@@ -33,25 +32,38 @@ def every_candidate(workload: Workload, room: int) -> Iterator[Candidate]:
             if window < 0:
                 continue
             streamed = tuple(i for i in numbers if i not in resident)
-            seen = set()
-            rest = [blocks[i] for i in streamed]
-            together = concurrent_sets(rest)
-            for order in permutations(range(len(streamed))):
-                # Blocks never needed together may share addresses or not: both are tried, by how many stay apart.
-                for apart in range(len(streamed) + 1):
-                    places: dict[int, int] = {}
-                    for turn, i in enumerate(order):
-                        near = set(order[max(turn - apart, 0) : turn]) | {j for j in places if j in together[i]}
-                        taken = sorted((places[j], places[j] + rest[j].nbytes) for j in near if j in places)
-                        at = first_fit(taken, 0, rest[i].nbytes, window)
-                        if at is None:
-                            break
-                        places[i] = at
-                    else:
-                        key = tuple(places[i] for i in range(len(streamed)))
-                        if key not in seen:
-                            seen.add(key)
-                            yield resident, streamed, list(key), window
+            for places in _layouts([blocks[i] for i in streamed], window):
+                yield resident, streamed, places, window
+
+
+def _layouts(blocks: Sequence[Block], window: int) -> Iterator[list[int]]:
+    """One layout for every way in which blocks can meet.
+
+    A block can be moved down until it touches one that it does not meet, and meets no more than before: so it begins
+    at 0 or where a chain of others ends, at a sum of sizes.
+    """
+    together = concurrent_sets(blocks)
+    sums = [
+        sorted({sum(other) for n in range(len(blocks)) for other in combinations(_sizes_without(blocks, i), n)})
+        for i in range(len(blocks))
+    ]
+    seen: set[tuple[bool, ...]] = set()
+    for places in product(*([at for at in sums[i] if at + b.nbytes <= window] for i, b in enumerate(blocks))):
+        meets = tuple(
+            places[i] < places[j] + blocks[j].nbytes and places[j] < places[i] + blocks[i].nbytes
+            for i in range(len(blocks))
+            for j in range(i)
+        )
+        if meets in seen:
+            continue
+        seen.add(meets)
+        pairs = ((i, j) for i in range(len(blocks)) for j in range(i))
+        if not any(meet and j in together[i] for meet, (i, j) in zip(meets, pairs, strict=True)):
+            yield list(places)
+
+
+def _sizes_without(blocks: Sequence[Block], i: int) -> list[int]:
+    return [block.nbytes for j, block in enumerate(blocks) if j != i]
 
 
 def climb(

@@ -97,6 +97,14 @@ class Deep:
         return refused.value.minimum
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine's user has measured and kept must not decide what a test sees, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NARROWBOAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def deep_at_rest(tmp_path_factory: pytest.TempPathFactory) -> Deep:
     torch.manual_seed(0)

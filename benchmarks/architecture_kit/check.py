@@ -223,5 +223,5 @@ def _stats(model: nn.Module) -> dict[str, Any]:
         "jumps": session.engine.jumps,
         "blocks": len(session.plan.blocks),
         "resident": len(session.plan.resident),
-        "why_untraced": session._prepared.why_untraced,
+        "why_untraced": session.prepared.why_untraced,
     }

@@ -28,6 +28,7 @@ def plan(
         str | None,
         typer.Option(metavar="BYTES", help="Per second, such as 1.5GB. Without it the storage is measured."),
     ] = None,
+    scheme: Annotated[str, typer.Option(help="best; or swapnet, first-resident or window, for comparison.")] = "best",
     blocks: Annotated[bool, typer.Option("--blocks", help="List every block and where it lives.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -44,7 +45,9 @@ def plan(
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     if request.inputs is not None:
         example = (request.inputs, {})
-    forecast = foresee(request.factory, request.weights, budget=bytes_allowed, example=example, bandwidth=speed)
+    forecast = foresee(
+        request.factory, request.weights, budget=bytes_allowed, example=example, bandwidth=speed, scheme=scheme
+    )
     if json:
         document = {
             "model": model,

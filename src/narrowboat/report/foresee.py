@@ -63,6 +63,7 @@ def foresee(
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     bandwidth: float | None = None,
     strict: bool = True,
+    scheme: str = "best",
 ) -> Forecast:
     """Plan ``model`` for ``budget`` bytes; the module is not touched and nothing but a sample of the file is read.
 
@@ -73,9 +74,11 @@ def foresee(
         example: ``(args, kwargs)`` of one pass, or None.
         bandwidth: bytes per second of the storage; None measures it.
         strict: refuse tensors in the file that the model does not have.
+        scheme: how to plan: ``"best"``, or one of ``plan.schemes`` for comparison.
 
     Raises:
         BudgetError: the budget cannot hold the model.
+        UsageError: no such scheme.
         WeightsError, ModelError: as ``nb.stream``.
     """
     warm_up()
@@ -84,7 +87,8 @@ def foresee(
     if bandwidth is None:
         prepared.check(budget)  # what cannot hold is refused before anything is read
         measured = read_bandwidth(prepared.index, prepared.storage)
-    plan, _ = prepared.choose(Machine(bandwidth=bandwidth or measured or 1e9), budget)
+    prepared.scheme = scheme
+    plan, _ = prepared.choose(Machine(bandwidth=bandwidth or measured or 1e9), budget, thorough=True)
     return Forecast(plan, prepared, measured is not None)
 
 

@@ -11,8 +11,8 @@ from narrowboat.errors import StorageError, UsageError
 from narrowboat.quantities import format_bytes
 from narrowboat.trace import LANES, Event, Trace
 
-_COLOURS = {"read": "#3b7dd8", "compute": "#3a9d5d", "stall": "#d1495b"}
-_TITLES = {"read": "reads", "compute": "compute", "stall": "stalls"}
+_COLOURS = {"read": "#3b7dd8", "compute": "#3a9d5d", "stall": "#d1495b", "budget": "#8a6d3b"}
+_TITLES = {"read": "reads", "compute": "compute", "stall": "stalls", "budget": "budget"}
 _DPI = 110
 _LABEL_POINTS = 7.5
 

@@ -17,6 +17,7 @@ from narrowboat.checkpoint import pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
+from narrowboat.plan.schemes import SCHEMES
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
 from narrowboat.profile.warmup import warm_up
@@ -40,6 +41,7 @@ def stream(
     io: str = "auto",
     lock_memory: bool = False,
     offload_folder: str | Path | None = None,
+    scheme: str = "best",
 ) -> nn.Module:
     """Return the model, of its own class and callable as before, running from storage within ``budget`` bytes.
 
@@ -59,6 +61,8 @@ def stream(
         lock_memory: keep the arena from being swapped out.
         offload_folder: where a materialised module's weights are written; deleted again when the session closes.
             None: the user's cache folder.
+        scheme: ``"best"``; or, for comparison, ``"swapnet"``, ``"first-resident"``, ``"window"``
+            (``narrowboat.plan.schemes`` says what they do).
 
     Raises:
         BudgetError: the budget cannot hold the model (nothing has been read); ``.minimum`` is the smallest that can.
@@ -74,6 +78,8 @@ def stream(
         kind = ""
     if kind != "cpu":
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
+    if scheme not in ("best", *SCHEMES):
+        raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
     if io not in _IO:
         raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
     warm_up()
@@ -104,6 +110,7 @@ def stream(
         automatic = nbytes is None
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
+        prepared.scheme = scheme
         prepared.check(nbytes)
         made = Session(
             prepared,

@@ -49,6 +49,7 @@ class Prepared:
         step_seconds: computing time by step; an estimate until ``measured_under`` says under which policy it was seen.
         policy: how the allocator treats freed activations.
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
+        scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -67,6 +68,7 @@ class Prepared:
     policy: MallocPolicy = MallocPolicy.DEFAULT
     measured_under: MallocPolicy | None = None
     corrections: dict[MallocPolicy, int] = field(default_factory=dict)
+    scheme: str = "best"
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -78,8 +80,11 @@ class Prepared:
         """What the planner is given under the policy in force, and the weights each of its blocks stands for."""
         return self._workload(self.policy)
 
-    def choose(self, machine: Machine, budget: int) -> tuple[Plan, list[Group]]:
+    def choose(self, machine: Machine, budget: int, *, thorough: bool = False) -> tuple[Plan, list[Group]]:
         """Make the plan, and with it choose the allocator policy that gives the shortest predicted pass.
+
+        Args:
+            thorough: search on where the plan stays behind its bound (up to a second); a first answer does not wait.
 
         Raises:
             BudgetError: no policy leaves enough; carries the minimum of the one that needs least.
@@ -92,10 +97,12 @@ class Prepared:
             if best is not None and sum(workload.step_seconds) > best[0].predicted_latency * 0.98:
                 continue
             with contextlib.suppress(BudgetError):
-                plan = make_plan(workload, machine, budget)
+                plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=thorough)
                 if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
                     best, self.policy = (plan, groups), policy
-        assert best is not None  # check() found one that fits
+        if best is None:  # check() found one that fits; but this scheme may need more
+            make_plan(self._workload(self.policy)[0], machine, budget, scheme=self.scheme)
+        assert best is not None
         return replace(best[0], minimum=least, limiter=limiter), best[1]
 
     def check(self, budget: int) -> tuple[int, str]:
@@ -121,9 +128,9 @@ class Prepared:
         return tuple(MallocPolicy) if self.trace is not None and allocator_name() == "glibc" else (self.policy,)
 
     def remake(self, machine: Machine, budget: int, before: Plan) -> tuple[Plan, list[Group]]:
-        """Plan anew under the policy in force, from what has been measured since."""
+        """Plan anew under the policy in force, from what has been measured since; searches on while it pays."""
         workload, groups = self._workload(self.policy)
-        plan = make_plan(workload, machine, budget)
+        plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
         return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
 
     def _workload(self, policy: MallocPolicy) -> tuple[Workload, list[Group]]:

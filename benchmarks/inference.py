@@ -51,6 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--slack", type=int, default=64, help="MiB on top of the limit (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="folder for weights files")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for the results")
+    parser.add_argument("--again", type=Path, help="derive the results anew from an inference.json, measuring nothing")
     parser.add_argument(
         "--default-openmp-busy",
         action="store_true",
@@ -101,6 +102,10 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     _import_for_children(arguments.models, arguments.subjects)
+    if arguments.again is not None:
+        record = json.loads(arguments.again.read_text(encoding="utf-8"))
+        _write(arguments.out, record["models"], record["machine"], record["spin_policy"], console)
+        return 0
     results = []
     try:
         limits = measure_limits(arguments.work, arguments.slack << 20)
@@ -122,17 +127,21 @@ def main() -> int:
         console.print(f"[red]{error}[/]")
         return 1
     busy = spin_policy_runs(arguments.work) if arguments.default_openmp_busy else []
+    _write(arguments.out, results, machine_facts(limits, results, time.perf_counter() - began), busy, console)
+    return 0
+
+
+def _write(out: Path, results: list[Any], facts: dict[str, Any], busy: list[Any], console: Console) -> None:
+    """Derive medians and ratios, check them, write the three files and print."""
     summary = derive(results)
     verdicts = check(summary)
-    facts = machine_facts(limits, results, time.perf_counter() - began)
     record = {"machine": facts, "summary": summary, "checks": verdicts, "spin_policy": busy, "models": results}
-    (arguments.out / "inference.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_markdown(arguments.out / "inference.md", facts, summary, verdicts, busy)
-    write_plot(arguments.out / "inference.png", summary)
+    (out / "inference.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_markdown(out / "inference.md", facts, summary, verdicts, busy)
+    write_plot(out / "inference.png", summary)
     print_table(console, summary)
     print_checks(console, verdicts)
-    console.print(f"{facts['wall_seconds']:.0f} s; wrote {arguments.out}/inference.json, .md and .png")
-    return 0
+    console.print(f"{facts['wall_seconds']:.0f} s; wrote {out}/inference.json, .md and .png")
 
 
 if __name__ == "__main__":

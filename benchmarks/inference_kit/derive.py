@@ -54,20 +54,28 @@ def _cell(result: dict[str, Any], budget: dict[str, Any]) -> Cell:
         "must_read_s": must_read / bandwidth,
         "bound_s": bound,
         "rows": {
-            s: _row([r for r in at_budget if r["subject"] == s], resident_s, bound, bandwidth, reference)
+            s: _row(
+                [r for r in at_budget if r["subject"] == s], residents, must_read / bandwidth, bandwidth, reference
+            )
             for s in subjects
         },
     }
 
 
 def _row(
-    records: list[dict[str, Any]], resident_s: float | None, bound_s: float, bandwidth: float, reference: str | None
+    records: list[dict[str, Any]],
+    residents: list[dict[str, Any]],
+    must_read: int,
+    bandwidth: float,
+    reference: str | None,
 ) -> dict[str, Any]:
     """One subject in one cell.
 
-    ``status`` is the first that is not ``"ok"``; ``exact`` is None where there was no output; ``difference`` is the
-    largest from the plain output, relative to its largest value; ``own_bound_ratio`` takes the bytes that narrowboat
-    did read instead of those it had to.
+    Ratios are medians over rounds of ratios within a round: the machine's speed changes from minute to minute, and a
+    subject measured in one round only must not be compared with another round's plain PyTorch. ``status`` is the first
+    that is not ``"ok"``; ``exact`` is None where there was no output; ``difference`` is the largest from the plain
+    output, relative to its largest value; ``own_bound_ratio`` takes the bytes that narrowboat did read instead of
+    those it had to.
     """
     steady = _median(r["steady_s"] for r in records)
     failed = next((r for r in records if r["status"] != "ok"), None)
@@ -77,7 +85,12 @@ def _row(
         statistics.median(s["bytes_read"][len(s["bytes_read"]) // 2 :]) for s in stats if s.get("bytes_read")
     )
     predicted = _median(s.get("predicted_latency_ms") for s in stats)
-    own_bound = max(resident_s or 0.0, read / bandwidth) if read is not None else None
+    plain = {r["round"]: r for r in residents}
+
+    def over(key: str, at_least: float = 0.0) -> float | None:
+        beside = ((r[key], plain.get(r["round"], {}).get(key)) for r in records)
+        return _median(value / max(base, at_least) for value, base in beside if value is not None and base)
+
     return {
         "status": failed["status"] if failed else "ok",
         "detail": failed["detail"] if failed else "",
@@ -85,9 +98,10 @@ def _row(
         "passes": sum(len(r["pass_s"]) for r in records),
         "steady_s": steady,
         "first_s": _median(r["first_s"] for r in records),
-        "ratio": _ratio(steady, resident_s),
-        "bound_ratio": _ratio(steady, bound_s),
-        "own_bound_ratio": _ratio(steady, own_bound),
+        "ratio": over("steady_s"),
+        "bound_ratio": over("steady_s", must_read / bandwidth),
+        "own_bound_ratio": over("steady_s", read / bandwidth) if read is not None else None,
+        "first_ratio": over("first_s"),
         "bytes_read": read,
         "predicted_s": predicted / 1e3 if predicted is not None else None,
         "prediction_ratio": _ratio(steady, predicted / 1e3 if predicted is not None else None),

@@ -144,9 +144,9 @@ def write_markdown(
         "the weights are out of the page cache at the start of each.",
         "",
         "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
-        "PyTorch with everything in memory, at the same turns. *x bound*: over max(plain PyTorch, bytes that cannot "
-        "be held / storage bandwidth in the same run). *first answer*: from a warm process to the first output, cold "
-        "file. *peak*: resident memory over the process baseline, mapped file pages included.",
+        "PyTorch with everything in memory in the same round (median of the rounds). *x bound*: over max(plain "
+        "PyTorch, bytes that cannot be held / storage bandwidth in the same run). *first answer*: from a warm process "
+        "to the first output, cold file. *peak*: resident memory over the process baseline, mapped file pages included.",
         "",
         "diffusers runs over the files of an earlier set-up, which needs all weights in memory. accelerate and "
         "diffusers run under an allocator policy that gives memory back (`narrowboat.machine.malloc`); with glibc's "

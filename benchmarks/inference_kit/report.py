@@ -146,7 +146,8 @@ def write_markdown(
         "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
         "PyTorch with everything in memory in the same round (median of the rounds). *x bound*: over max(plain "
         "PyTorch, bytes that cannot be held / storage bandwidth in the same run). *first answer*: from a warm process "
-        "to the first output, cold file. *peak*: resident memory over the process baseline, mapped file pages included.",
+        "to the first output, cold file. *peak*: resident memory over the process baseline, mapped file pages "
+        "included.",
         "",
         "diffusers runs over the files of an earlier set-up, which needs all weights in memory. accelerate and "
         "diffusers run under an allocator policy that gives memory back (`narrowboat.machine.malloc`); with glibc's "

@@ -31,10 +31,12 @@ class Reference:
 
     Attributes:
         passes: by kind of file, flattened outputs of each pass, in the modes of ``MODES``.
+        plain: makes the plain model anew.
         generated: flattened result of ``generate``; None if the class cannot, or plain PyTorch fails at it.
     """
 
     passes: dict[str, list[list[tuple[str, Any]]]]
+    plain: Callable[[], nn.Module]
     generated: list[tuple[str, Any]] | None = None
 
     @property
@@ -45,7 +47,8 @@ class Reference:
     @classmethod
     def of(cls, factory: Callable[[], nn.Module], state: Mapping[str, Any], inputs: dict[str, Any]) -> Reference:
         """Run plain models made anew, as a streamed one is, so that what a model remembers is alike."""
-        return cls({kind: run_passes(_plain(factory, state), inputs, modes) for kind, modes in MODES.items()})
+        passes = {kind: run_passes(_plain(factory, state), inputs, modes) for kind, modes in MODES.items()}
+        return cls(passes, lambda: _plain(factory, state))
 
 
 @dataclass
@@ -187,6 +190,11 @@ def check_variant(
         for number, (mode, expected) in enumerate(zip(MODES[kind], reference.passes[kind], strict=True)):
             found = difference(expected, run_passes(streamed, inputs, (mode,))[0])
             if found:
+                # Whose numbers are not the same from run to run?
+                again = difference(expected, run_passes(streamed, inputs, (mode,))[0])
+                plain = run_passes(reference.plain(), inputs, MODES[kind][: number + 1])[number]
+                found += f"; streamed once more: {again or 'exact'}"
+                found += f"; plain once more: {difference(expected, plain) or 'exact'}"
                 return Outcome("WRONG", f"pass {number + 1}: {found}", minimum, _stats(streamed))
         if reference.generated is not None:
             found = difference(reference.generated, run_generate(streamed, inputs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import statistics
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from narrowboat.errors import (
 )
 from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.machine.memory import process_memory
-from narrowboat.machine.openmp import openmp_status, warn_about_openmp
+from narrowboat.machine.openmp import warn_about_openmp
 from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
@@ -41,6 +40,7 @@ from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.stats import collect
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
 
@@ -62,6 +62,11 @@ class Session:
         timeline: what happened when.
         plan: the plan in force (``print(session.plan)`` explains it).
         ledger: who holds how many bytes.
+        baseline: resident bytes of the process when the session began.
+        files: the weights files, open.
+        slab: the memory; None once closed.
+        records: what the last 256 passes took.
+        passes, complete_passes: calls that ended well; those of them that kept to the traced order.
     """
 
     plan: Plan
@@ -82,33 +87,33 @@ class Session:
         self._budget = budget
         self._cleanup = cleanup
         self._lock_memory = lock_memory
-        self._baseline = baseline
+        self.baseline = baseline
         self._peak_before = process_memory().hwm
         self._closed = False
         self.ledger = Ledger()
         self.timeline = Trace()
-        self._records: deque[PassRecord] = deque(maxlen=256)
-        self._passes = 0
-        self._complete = 0
+        self.records: deque[PassRecord] = deque(maxlen=256)
+        self.passes = 0
+        self.complete_passes = 0
         self._sampled_peak = 0
         self._peak_answered = 0
         self._change = BudgetChange(self)
         self._settled = False
-        self._slab: Slab | None = None
+        self.slab: Slab | None = None
         pairs = zip(index.files, index.stamps, strict=True)
-        self._files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
-        if io == "direct" and not all(file.direct for file in self._files):
-            reason = next(file.refusal for file in self._files if not file.direct)
+        self.files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
+        if io == "direct" and not all(file.direct for file in self.files):
+            reason = next(file.refusal for file in self.files if not file.direct)
             self._close_files()
             raise UsageError(
-                f"io='direct' was asked for, but {self._files[0].path} refuses direct I/O ({reason}); use io='auto'"
+                f"io='direct' was asked for, but {self.files[0].path} refuses direct I/O ({reason}); use io='auto'"
             )
-        self._file_number = {str(file.path): i for i, file in enumerate(self._files)}
+        self._file_number = {str(file.path): i for i, file in enumerate(self.files)}
         self.reader = Reader(
-            self._files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
+            self.files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
         )
         try:
-            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self._files))
+            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files))
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap
@@ -172,7 +177,7 @@ class Session:
     @property
     def direct_io(self) -> bool:
         """Whether every weights file is read past the page cache."""
-        return all(file.direct for file in self._files)
+        return all(file.direct for file in self.files)
 
     @property
     def closed(self) -> bool:
@@ -180,83 +185,8 @@ class Session:
         return self._closed
 
     def stats(self) -> dict[str, Any]:
-        """Measurements of the passes so far.
-
-        ======================== ======= ==========================================================
-        key                      unit    meaning
-        ======================== ======= ==========================================================
-        passes                   count   calls that ended well
-        off_trace_passes         count   of those, passes that left the traced order
-        latency_ms               ms      per pass, the last 256, oldest first
-        stall_ms                 ms      per pass, time spent waiting for weights
-        compute_ms               ms      per pass, latency without the stalls
-        read_ms                  ms      per pass, time during which storage was being read
-        bytes_read               bytes   per pass, what arrived from storage during it
-        median_latency_ms        ms      median over the complete passes after the first two
-        predicted_latency_ms     ms      of the plan in force, steady state
-        predicted_stall_ms       ms      of the plan in force
-        block_stall_ms           ms      by block, in the last pass
-        budget_bytes             bytes   the budget
-        min_budget_bytes         bytes   the smallest that would do
-        weight_bytes             bytes   all weights as laid in the arena
-        resident_bytes           bytes   weights that stay in
-        window_bytes             bytes   arena shared by the streamed blocks
-        fixed_bytes              bytes   what the budget pays besides weights, by name in fixed_parts
-        held_bytes               bytes   by name: what the session holds now (see ``arena.Ledger``)
-        peak_bytes               bytes   most resident memory of the process over its baseline so far
-        baseline_bytes           bytes   resident memory of the process when the session began
-        copied_bytes             bytes   read bytes that needed one copy (the file is not packed)
-        direct_io                bool    storage is read past the page cache
-        direct_io_refusal        text    why not
-        bandwidth_bytes_per_s    B/s     storage as measured, processor busy
-        misses                   count   operators that met a weight that was out
-        jumps                    count   module calls out of the traced order
-        allocator_policy         text    how malloc treats freed activations (``machine.malloc``)
-        memory_locked            bool    the arena cannot be swapped out
-        openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
-        openmp_risky             bool    a busy neighbour can make a pass many times slower
-        ======================== ======= ==========================================================
-        """
-        records = list(self._records)
-        settled = [r.latency for r in records if r.complete][min(2, max(len(records) - 1, 0)) :]
-        status = openmp_status()
-        plan = self.plan
-        return {
-            "passes": self._passes,
-            "off_trace_passes": self._passes - self._complete,
-            "latency_ms": [r.latency * 1e3 for r in records],
-            "stall_ms": [r.stall * 1e3 for r in records],
-            "compute_ms": [r.compute * 1e3 for r in records],
-            "read_ms": [r.read_busy * 1e3 for r in records],
-            "bytes_read": [r.bytes_read for r in records],
-            "median_latency_ms": statistics.median(settled) * 1e3 if settled else None,
-            "predicted_latency_ms": plan.predicted_latency * 1e3,
-            "predicted_stall_ms": plan.timing.stall * 1e3,
-            "block_stall_ms": {
-                plan.blocks[i].name: seconds * 1e3
-                for i, seconds in (records[-1].stall_by_block if records else {}).items()
-            },
-            "budget_bytes": self._budget,
-            "min_budget_bytes": plan.minimum,
-            "weight_bytes": plan.weight_bytes,
-            "resident_bytes": plan.resident_bytes,
-            "window_bytes": plan.window_bytes,
-            "fixed_bytes": plan.fixed_bytes,
-            "fixed_parts": dict(plan.fixed_parts),
-            "held_bytes": self.ledger.held(),
-            "peak_bytes": self.peak_bytes,
-            "baseline_bytes": self._baseline,
-            "copied_bytes": self.reader.bytes_copied,
-            "direct_io": self.direct_io,
-            "direct_io_refusal": next((f.refusal for f in self._files if f.refusal), ""),
-            "bandwidth_bytes_per_s": self.machine.bandwidth,
-            "misses": self.engine.misses,
-            "jumps": self.engine.jumps,
-            "allocator_policy": self.prepared.policy.value,
-            "memory_locked": self._slab.locked if self._slab is not None else False,
-            "openmp_policy": status.policy,
-            "openmp_risky": status.risky,
-        }
+        """Measurements of the passes so far; ``stream.stats.collect`` has the table of keys."""
+        return collect(self)
 
     @property
     def peak_bytes(self) -> int:
@@ -266,7 +196,7 @@ class Session:
         """
         memory = process_memory()
         peak = memory.hwm if memory.hwm > self._peak_before else max(self._sampled_peak, memory.rss)
-        return max(peak - self._baseline, 0)
+        return max(peak - self.baseline, 0)
 
     def trace(self) -> Trace:
         """The timeline of the recent passes; ``.save_chrome(path)`` writes it for Perfetto."""
@@ -295,9 +225,9 @@ class Session:
             )
             self.reader.close()
             self._close_files()
-            if self._slab is not None:
-                self._slab.close()
-                self._slab = None
+            if self.slab is not None:
+                self.slab.close()
+                self.slab = None
             self.ledger.set("resident", 0)
             self.ledger.set("window", 0)
         if self._cleanup is not None:
@@ -307,11 +237,11 @@ class Session:
 
     def _adopt(self, plan: Plan, groups: list[Group]) -> None:
         """Put a plan in force in memory of its own; every block has to be out."""
-        if self._slab is not None:
-            self._slab.close()
+        if self.slab is not None:
+            self.slab.close()
         # Twice the weights in addresses, not in memory: each block's home, and the window after them.
-        self._slab = Slab(2 * plan.weight_bytes, lock=self._lock_memory, populate=False)
-        self._slab.hold(held_ranges(plan), behind=True)
+        self.slab = Slab(2 * plan.weight_bytes, lock=self._lock_memory, populate=False)
+        self.slab.hold(held_ranges(plan), behind=True)
         self._use(plan, groups, {})
 
     def put_in_force(self, plan: Plan, groups: list[Group], *, budget: int | None = None) -> None:
@@ -324,7 +254,7 @@ class Session:
             self._budget = budget
             self._peak_answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
         log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
-        before, slab = self.plan, self._slab
+        before, slab = self.plan, self.slab
         if slab is None or plan.blocks != before.blocks:
             self.engine.let_go()
             self._adopt(plan, groups)
@@ -336,13 +266,13 @@ class Session:
         self._use(plan, groups, kept)
 
     def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState]) -> None:
-        assert self._slab is not None
+        assert self.slab is not None
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)
         self.ledger.set("window", plan.window_bytes)
         packed = self._index.packed
         blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, packed=packed)
-        self.engine.adopt(plan, blocks, self.prepared.trace, self._slab)
+        self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
 
     def _before_pass(self) -> None:
         if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
@@ -364,7 +294,7 @@ class Session:
         self._adopt(self.plan, self.prepared.workload()[1])
 
     def _check_files(self) -> None:
-        for file in self._files:
+        for file in self.files:
             file.check_path()
             file.check_open_file()
 
@@ -374,24 +304,24 @@ class Session:
         self._change.follow()
 
     def _take_note(self, record: PassRecord) -> None:
-        for file in self._files:
+        for file in self.files:
             file.check_open_file()
-        if self._records:
-            self._records[-1].forget_details()
-        self._records.append(record)
-        self._passes += 1
-        self._complete += record.complete
+        if self.records:
+            self.records[-1].forget_details()
+        self.records.append(record)
+        self.passes += 1
+        self.complete_passes += record.complete
         resident = process_memory().rss
         self._sampled_peak = max(self._sampled_peak, resident)
         # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
-        if resident - self._baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
+        if resident - self.baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
             trim()
         observed = self.engine.observed
         if observed is not None:
             self.engine.observed = None
             if observed.events:
                 self._learn(observed, record)
-        elif not self._settled and record.complete and self._complete >= _SETTLE_AFTER:
+        elif not self._settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
             self._settled = True
             self._settle(record)
         elif self._settled and self._overrun() > 0:
@@ -465,7 +395,7 @@ class Session:
         return over if over > min(self._budget // 100, _NOISE) else 0
 
     def _close_files(self) -> None:
-        for file in self._files:
+        for file in self.files:
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -478,7 +408,7 @@ class Session:
             weight.slots.clear()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._passes} passes"
+        state = "closed" if self._closed else f"{self.passes} passes"
         return f"<narrowboat session: {format_bytes(self._budget)} budget, {state}>"
 
 

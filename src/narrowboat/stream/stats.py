@@ -1,0 +1,91 @@
+"""What a session tells about its passes."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from narrowboat.machine.openmp import openmp_status
+
+if TYPE_CHECKING:
+    from narrowboat.stream.session import Session
+
+
+def collect(session: Session) -> dict[str, Any]:
+    """Measurements of the passes so far.
+
+    ======================== ======= ==========================================================
+    key                      unit    meaning
+    ======================== ======= ==========================================================
+    passes                   count   calls that ended well
+    off_trace_passes         count   of those, passes that left the traced order
+    latency_ms               ms      per pass, the last 256, oldest first
+    stall_ms                 ms      per pass, time spent waiting for weights
+    compute_ms               ms      per pass, latency without the stalls
+    read_ms                  ms      per pass, time during which storage was being read
+    bytes_read               bytes   per pass, what arrived from storage during it
+    median_latency_ms        ms      median over the complete passes after the first two
+    predicted_latency_ms     ms      of the plan in force, steady state
+    predicted_stall_ms       ms      of the plan in force
+    block_stall_ms           ms      by block, in the last pass
+    budget_bytes             bytes   the budget
+    min_budget_bytes         bytes   the smallest that would do
+    weight_bytes             bytes   all weights as laid in the arena
+    resident_bytes           bytes   weights that stay in
+    window_bytes             bytes   arena shared by the streamed blocks
+    fixed_bytes              bytes   what the budget pays besides weights, by name in fixed_parts
+    held_bytes               bytes   by name: what the session holds now (see ``arena.Ledger``)
+    peak_bytes               bytes   most resident memory of the process over its baseline so far
+    baseline_bytes           bytes   resident memory of the process when the session began
+    copied_bytes             bytes   read bytes that needed one copy (the file is not packed)
+    direct_io                bool    storage is read past the page cache
+    direct_io_refusal        text    why not
+    bandwidth_bytes_per_s    B/s     storage as measured, processor busy
+    misses                   count   operators that met a weight that was out
+    jumps                    count   module calls out of the traced order
+    allocator_policy         text    how malloc treats freed activations (``machine.malloc``)
+    memory_locked            bool    the arena cannot be swapped out
+    openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
+    openmp_risky             bool    a busy neighbour can make a pass many times slower
+    ======================== ======= ==========================================================
+    """
+    records = list(session.records)
+    settled = [r.latency for r in records if r.complete][min(2, max(len(records) - 1, 0)) :]
+    status = openmp_status()
+    plan = session.plan
+    return {
+        "passes": session.passes,
+        "off_trace_passes": session.passes - session.complete_passes,
+        "latency_ms": [r.latency * 1e3 for r in records],
+        "stall_ms": [r.stall * 1e3 for r in records],
+        "compute_ms": [r.compute * 1e3 for r in records],
+        "read_ms": [r.read_busy * 1e3 for r in records],
+        "bytes_read": [r.bytes_read for r in records],
+        "median_latency_ms": statistics.median(settled) * 1e3 if settled else None,
+        "predicted_latency_ms": plan.predicted_latency * 1e3,
+        "predicted_stall_ms": plan.timing.stall * 1e3,
+        "block_stall_ms": {
+            plan.blocks[i].name: seconds * 1e3
+            for i, seconds in (records[-1].stall_by_block if records else {}).items()
+        },
+        "budget_bytes": session.budget,
+        "min_budget_bytes": plan.minimum,
+        "weight_bytes": plan.weight_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "window_bytes": plan.window_bytes,
+        "fixed_bytes": plan.fixed_bytes,
+        "fixed_parts": dict(plan.fixed_parts),
+        "held_bytes": session.ledger.held(),
+        "peak_bytes": session.peak_bytes,
+        "baseline_bytes": session.baseline,
+        "copied_bytes": session.reader.bytes_copied,
+        "direct_io": session.direct_io,
+        "direct_io_refusal": next((f.refusal for f in session.files if f.refusal), ""),
+        "bandwidth_bytes_per_s": session.machine.bandwidth,
+        "misses": session.engine.misses,
+        "jumps": session.engine.jumps,
+        "allocator_policy": session.prepared.policy.value,
+        "memory_locked": session.slab.locked if session.slab is not None else False,
+        "openmp_policy": status.policy,
+        "openmp_risky": status.risky,
+    }

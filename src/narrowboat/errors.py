@@ -78,5 +78,19 @@ class SessionClosedError(StreamedModelError):
     """The session that held the weights is closed."""
 
 
+class MapError(NarrowboatError):
+    """An input of ``Session.map`` failed; ``__cause__`` is what its pass raised.
+
+    Attributes:
+        index: the input's place in the order of inputs, from 0.
+        indices: all inputs of its group that failed, this one first.
+    """
+
+    def __init__(self, message: str, *, index: int, indices: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.index = index
+        self.indices = indices or (index,)
+
+
 class ModelError(NarrowboatError):
     """The model cannot be built or traced: bad factory, wrong example inputs."""

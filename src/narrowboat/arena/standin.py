@@ -32,6 +32,11 @@ def is_standin(value: object) -> bool:
     return isinstance(value, _StandIn)
 
 
+def is_streamed(value: torch.Tensor) -> bool:
+    """Whether ``value`` is a weight of a streamed model, in or out."""
+    return _SLOT in value.__dict__
+
+
 class _StandIn:
     """Behaviour shared by the two classes below (a parameter's and a buffer's)."""
 

@@ -7,6 +7,8 @@ cheaper depends on the budget; the session lets the prediction decide. The reser
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from narrowboat.machine.malloc import MallocPolicy
 from narrowboat.profile.measure import fault_rate
 from narrowboat.profile.use_trace import UseTrace
@@ -30,3 +32,33 @@ def fault_seconds(trace: UseTrace, policy: MallocPolicy) -> float:
     if policy is MallocPolicy.DEFAULT:
         return 0.0
     return trace.taken[0 if policy is MallocPolicy.STRICT else 1] / fault_rate()
+
+
+# A thread that computes has a stack, packing buffers and a heap of its own, and so has each thread of its OpenMP team:
+# 1.1 MiB was seen with one thread per operator and 1.9 MiB with two (matrix product, convolution, softmax).
+_PER_WORKER, _PER_TEAM_THREAD = 1 << 19, 1 << 20
+
+
+def carried_bytes(trace: UseTrace, boundaries: Iterable[int]) -> int:
+    """The most bytes a pass has alive as one of the steps ``boundaries`` begins, or at its end."""
+    if not trace.alive:
+        return 0
+    return max((trace.alive[step] for step in (*boundaries, len(trace.alive) - 1)), default=0)
+
+
+def in_flight_bytes(trace: UseTrace, boundaries: Iterable[int], policy: MallocPolicy, threads: int) -> int:
+    """Bytes to reserve for one more input on its way through the model while another one computes.
+
+    It holds what lives across a boundary between blocks, its thread, and the holes that its thread's heap keeps of
+    the pieces below the policy's threshold: all of them, some, or hardly any.
+
+    Args:
+        boundaries: steps at which it may be set aside.
+        threads: OpenMP threads per operator.
+    """
+    factor, _ = _RESERVE[policy]
+    carried = carried_bytes(trace, boundaries)
+    holes = 0 if policy is MallocPolicy.STRICT else int(trace.activation_bytes * (factor - 1))
+    if policy is MallocPolicy.DEFAULT:
+        holes += trace.activation_bytes - min(carried, trace.activation_bytes)
+    return int(carried * _RESERVE[MallocPolicy.STRICT][0]) + holes + _PER_WORKER + _PER_TEAM_THREAD * threads

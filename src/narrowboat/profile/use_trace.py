@@ -48,6 +48,7 @@ class UseTrace:
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
+        alive: bytes of intermediate tensors alive as each step begins, inputs included; empty where unknown.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -59,6 +60,7 @@ class UseTrace:
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
+    alive: list[int] = field(default_factory=list)
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
@@ -100,6 +102,11 @@ class _Recorder(TorchDispatchMode):
     def own(self, tensor: torch.Tensor) -> None:
         """``tensor`` is a weight itself, not a view of one."""
         self._own.add(id(tensor))
+
+    def open_step(self, event: Event) -> None:
+        """Begin a step of the trace, and note what is alive at that moment."""
+        self.trace.open_step(event)
+        self.trace.alive.append(self.alive)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -252,7 +259,7 @@ def trace_uses(
                 recorder.own(fake)
             double = copy.deepcopy(module, memo)
             numbers = {id(child): number for number, (_, child) in enumerate(double.named_modules())}
-            _cut(double, numbers, trace)
+            _cut(double, numbers, recorder)
             real = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
             fakes = {id(t): mode.from_tensor(t) for t in real}
             args, kwargs = tree_map(lambda v: fakes[id(v)] if isinstance(v, torch.Tensor) else v, (args, kwargs))
@@ -297,7 +304,7 @@ def announces(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _cut(double: nn.Module, numbers: dict[int, int], trace: UseTrace) -> None:
+def _cut(double: nn.Module, numbers: dict[int, int], recorder: _Recorder) -> None:
     """Make every module of the copy announce its entries and exits, as the session's wrappers will."""
     for child in list(double.modules()):
         if child is not double and not announces(child):
@@ -306,11 +313,11 @@ def _cut(double: nn.Module, numbers: dict[int, int], trace: UseTrace) -> None:
         forward = child.forward
 
         def wrapped(*args: Any, _forward: Any = forward, _number: int = number, **kwargs: Any) -> Any:
-            trace.open_step((_number, ENTER))
+            recorder.open_step((_number, ENTER))
             try:
                 return _forward(*args, **kwargs)
             finally:
-                trace.open_step((_number, EXIT))
+                recorder.open_step((_number, EXIT))
 
         child.forward = functools.wraps(forward)(wrapped)
 

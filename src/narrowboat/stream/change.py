@@ -83,7 +83,10 @@ class BudgetChange:
             try:
                 self._chosen = session.prepared.choose(session.machine, self._wanted[0])
             except BudgetError:
-                self.follow()  # says so
+                if session.prepared.together > 1:
+                    session.engine.on_boundary = None  # it may do for one input: at the end of the sweep
+                else:
+                    self.follow()  # says so
                 return
         if session.engine.may_change(self._chosen[0].resident):
             self.follow(self._chosen)

@@ -16,7 +16,8 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +34,9 @@ from narrowboat.stream.reader import Reader
 from narrowboat.stream.swap import Swapper, forget_views
 from narrowboat.trace import Event as TimelineEvent
 from narrowboat.trace import Trace
+
+if TYPE_CHECKING:
+    from narrowboat.stream.lockstep import Crew
 
 
 class Engine:
@@ -55,6 +59,10 @@ class Engine:
         running: a pass is in progress.
         torn: an interruption may have struck in the middle of a change.
         on_touch: called before and after a weight is brought in outside a pass.
+        crew: the threads of the sweep in progress, if one is (``stream.lockstep``).
+        events: the traced order.
+        where: the steps that each event opens, ascending.
+        pos: the step in progress; -1 before the first.
         misses: operators that met a stand-in.
         jumps: events out of the traced order.
     """
@@ -74,6 +82,7 @@ class Engine:
         self.depth = 0
         self.running = False
         self.torn = False
+        self.crew: Crew | None = None
         self.misses = 0
         self.jumps = 0
         self.closed = ""
@@ -85,9 +94,9 @@ class Engine:
         self._prefetcher = Prefetcher(self._swapper)
         self.blocks: list[BlockState] = []
         self._block_of: dict[int, BlockState] = {}
-        self._events: list[Event] = []
-        self._where: dict[Event, list[int]] = {}
-        self._pos = -1
+        self.events: list[Event] = []
+        self.where: dict[Event, list[int]] = {}
+        self.pos = -1
         self._pinned: dict[BlockState, int] = {}  # block -> last step of the hold; -1: until the next event
         self._passing = False  # some block is held until the next event only
         self._uses_of_module: dict[int, list[BlockState]] = {}
@@ -108,10 +117,10 @@ class Engine:
         self.blocks = blocks
         self._block_of = {weight.index: block for block in blocks for weight in block.weights}
         self._swapper.use(slab, blocks, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
-        self._events = trace.events if trace is not None else []
-        self._where = {}
-        for step, event in enumerate(self._events):
-            self._where.setdefault(event, []).append(step)
+        self.events = trace.events if trace is not None else []
+        self.where = {}
+        for step, event in enumerate(self.events):
+            self.where.setdefault(event, []).append(step)
         self._holds = sorted(
             (
                 (first, last, blocks[i])
@@ -125,11 +134,11 @@ class Engine:
         self._has_residents = any(block.resident for _, _, block in self._holds)
         self._uses_of_module = {}
         for first, _, block in self._holds:
-            number, kind = self._events[first]
+            number, kind = self.events[first]
             if kind == ENTER:
                 self._uses_of_module.setdefault(number, []).append(block)
         if self.running:  # the pass goes on where it is
-            self._prefetcher.jump(self._pos + 1)
+            self._prefetcher.jump(self.pos + 1)
         self._prefetcher.advance()
 
     def let_go(self, keep: Collection[int] = ()) -> dict[int, BlockState]:
@@ -170,13 +179,13 @@ class Engine:
     def enter(self, number: int, depth: int) -> None:
         """A module's forward begins, ``depth`` calls deep. The caller holds the lock, and calls ``leave`` after it."""
         if depth == 0:
-            self._begin()
+            self.begin()
         elif self._failed:
             # An inner module failed and the model went on: so does the pass, wherever it goes.
             self._failed = False
             self.record.jumped = True
         self.depth = depth + 1
-        self._event((number, ENTER))
+        self.event((number, ENTER))
 
     def leave(self, number: int, depth: int, *, failed: bool = False) -> None:
         """A module's forward has ended, or failed."""
@@ -185,30 +194,31 @@ class Engine:
         self._failed = failed
         try:
             if not failed:
-                self._event((number, EXIT))
+                self.event((number, EXIT))
         finally:
             self.depth = depth
             if depth == 0:
-                self._end()
+                self.end()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """A pass begins, or a sweep of several. The caller holds the lock, and calls ``end`` after it."""
         if self.closed:
             raise SessionClosedError(self.closed)
-        self._mend()
+        self.mend()
         self.on_begin()
         self._failed = False
         self.running = True
-        self._pos = -1
+        self.pos = -1
         if not self._prefetcher.at_start:
             self._prefetcher.rewind()
         now = time.perf_counter()
         self.record = PassRecord(
-            started=now, steps=len(self._events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
+            started=now, steps=len(self.events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
         )
         self._resumed = now
         self._computing = ("", now)
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
         """After an interruption: nothing the engine had noted is trusted."""
         if self.torn:
             self.on_torn()
@@ -225,13 +235,14 @@ class Engine:
                 slot.reset()
         self.running = False
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """The pass or sweep has ended."""
         self.running = False
         now = time.perf_counter()
         self._timeline_compute("", now)
         for block in list(self._pinned):
             self._unpin(block)
-        complete = not self._failed and not self.record.jumped and self._pos == len(self._events) - 1
+        complete = not self._failed and not self.record.jumped and self.pos == len(self.events) - 1
         record = self.record
         record.finish(now, self._reader.bytes_read, self._reader.busy(), complete)
         if not self._prefetcher.at_start:
@@ -240,9 +251,10 @@ class Engine:
             self._drop_loaded_residents()
         self.on_end(None if self._failed else record)
 
-    def _event(self, event: Event) -> None:
+    def event(self, event: Event) -> None:
+        """A step begins: let go of what has been used, and have in what it needs."""
         now = time.perf_counter()
-        pos = self._pos
+        pos = self.pos
         if pos >= 0:
             self.record.step_seconds[pos] += now - self._resumed
         if self.on_boundary is not None:
@@ -250,9 +262,9 @@ class Engine:
         if self.observed is not None:
             self.observed.open_step(event)
         following = pos + 1
-        events = self._events
+        events = self.events
         if following < len(events) and events[following] == event:
-            self._pos = following
+            self.pos = following
             if following not in self._prefetcher.turns and not self._passing and self.observed is None:
                 self._resumed = now
                 return  # nothing begins or ends here
@@ -262,7 +274,7 @@ class Engine:
             known = bool(events) and self._jump(event)
             if not known:
                 self._off_trace(event)
-        begins = self._prefetcher.begins.get(self._pos) if known else None
+        begins = self._prefetcher.begins.get(self.pos) if known else None
         if begins:
             for _, last, block in begins:
                 self._prefetcher.consume(block)
@@ -271,6 +283,27 @@ class Engine:
                 self._bring(block)
         self._prefetcher.advance()
         self._resumed = time.perf_counter()
+
+    # -- sweeps: several passes in lockstep ----------------------------------------------------------
+
+    def next_begin(self, step: int) -> int:
+        """The first step from ``step`` on at which a use begins that needs attention; beyond the last if none."""
+        return self._prefetcher.next_begin(step)
+
+    def move_to(self, step: int) -> None:
+        """Go on to a later step of the traced order; what lies between has been run by others, or is left out."""
+        if self._prefetcher.next_begin(self.pos + 1) < step:
+            self._hold_over(step)
+        self.pos = step - 1
+        self.event(self.events[step])
+
+    def stray(self, pos: int, event: Event) -> None:
+        """A pass that has left the traced order after step ``pos`` goes on with ``event``, alone from now on."""
+        self._prefetcher.jump(pos + 1)
+        for block in list(self._pinned):
+            self._unpin(block)
+        self.pos = pos
+        self.event(event)
 
     def _expire(self, step: int) -> None:
         self._passing = False
@@ -282,23 +315,27 @@ class Engine:
         """The pass left the traced order: go on from where the trace has ``event`` next; False if nowhere."""
         self.record.jumped = True
         self.jumps += 1
-        places = self._where.get(event)
+        places = self.where.get(event)
         if not places:
             return False
-        at = bisect_left(places, self._pos + 1)
+        at = bisect_left(places, self.pos + 1)
         target = places[at] if at < len(places) else places[0]
+        self._hold_over(target)
+        return True
+
+    def _hold_over(self, step: int) -> None:
+        """Be at ``step``, wherever the walk was, with the blocks in whose uses began before it."""
         for block in list(self._pinned):
             self._unpin(block)
-        self._pos = target
-        for _, last, block in self._prefetcher.jump(target):
+        self.pos = step
+        for _, last, block in self._prefetcher.jump(step):
             self._pin(block, last)
             self._bring(block)
-        return True
 
     def _off_trace(self, event: Event) -> None:
         """An event the trace does not know: keep what the interrupted step holds, and serve the module itself."""
         for block, last in list(self._pinned.items()):
-            if self._pos < 0 or last < self._pos:
+            if self.pos < 0 or last < self.pos:
                 self._unpin(block)
         if event[1] == ENTER:
             self._bring_own(event[0])
@@ -391,12 +428,13 @@ class Engine:
         Raises:
             SessionClosedError: nobody is left to load them.
         """
-        with self.lock:
+        # In a sweep the lock is held for all of its threads, of which one runs at a time.
+        with self.lock if self.crew is None or not self.crew.is_member() else nullcontext():
             if self.closed:
                 raise SessionClosedError(self.closed)
             inside = self.depth > 0
             if not inside:
-                self._mend()
+                self.mend()
                 self.on_touch()
             blocks = []
             self.misses += inside

@@ -17,6 +17,7 @@ class PassRecord:
         read_busy: seconds during which the reader was reading.
         step_seconds: seconds by step, waiting left out.
         stall_by_block: seconds waited, by block number.
+        inputs: passes that went through together; 1 but for sweeps (``Session.map``).
         complete: it followed the traced order from first step to last.
     """
 
@@ -29,6 +30,7 @@ class PassRecord:
     bytes_read: int = 0
     read_busy: float = 0.0
     jumped: bool = False
+    inputs: int = 1
     complete: bool = False
     step_seconds: list[float] = field(default_factory=list)
     stall_by_block: dict[int, float] = field(default_factory=dict)

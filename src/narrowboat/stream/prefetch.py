@@ -6,6 +6,7 @@ on its block: a claimed block is not evicted until that use has come.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 
 from narrowboat.stream.blocks import BlockState, State
@@ -40,6 +41,11 @@ class Prefetcher:
         self._firsts = [first for first, _, _ in holds]
         self._head = 0  # uses begun, counted over passes
         self._cursor = 0  # uses provided for
+
+    def next_begin(self, step: int) -> int:
+        """The first step from ``step`` on at which a use begins; beyond every step if none does."""
+        at = bisect_left(self._firsts, step)
+        return self._firsts[at] if at < len(self._firsts) else sys.maxsize
 
     def consume(self, block: BlockState) -> None:
         """The next use of the order, one of ``block``, begins."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from narrowboat.arena.slot import Weight
@@ -18,11 +19,12 @@ from narrowboat.errors import BudgetError, ModelError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
+from narrowboat.plan.group import sweep
 from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
 from narrowboat.plan.result import Plan
 from narrowboat.profile.measure import estimate_steps
-from narrowboat.profile.memory import activation_parts, fault_seconds
+from narrowboat.profile.memory import activation_parts, fault_seconds, in_flight_bytes
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
@@ -49,6 +51,8 @@ class Prepared:
         step_seconds: computing time by step; an estimate until ``measured_under`` says under which policy it was seen.
         policy: how the allocator treats freed activations.
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
+        together: inputs on their way through the model at once; plans leave room for them.
+        in_flight_correction: bytes by which the reserve for each input beyond the first is changed.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
@@ -69,6 +73,8 @@ class Prepared:
     measured_under: MallocPolicy | None = None
     corrections: dict[MallocPolicy, int] = field(default_factory=dict)
     scheme: str = "best"
+    together: int = 1
+    in_flight_correction: int = 0
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -89,21 +95,34 @@ class Prepared:
         Raises:
             BudgetError: no policy leaves enough; carries the minimum of the one that needs least.
         """
+        plan, groups, self.policy = self.decide(machine, budget, self.together, thorough=thorough)
+        return plan, groups
+
+    def decide(
+        self, machine: Machine, budget: int, together: int = 1, *, thorough: bool = False
+    ) -> tuple[Plan, list[Group], MallocPolicy]:
+        """What ``choose`` would choose with ``together`` inputs per sweep, and the policy it would put in force.
+
+        Raises:
+            BudgetError: no policy leaves enough.
+        """
         least, limiter = self.check(budget)
         best: tuple[Plan, list[Group]] | None = None
+        best_policy = self.policy
         for policy in self._policies:
-            workload, groups = self._workload(policy)
+            workload, groups = self._workload(policy, together)
             # Two percent: an allocator that gives memory back has to be worth it.
             if best is not None and sum(workload.step_seconds) > best[0].predicted_latency * 0.98:
                 continue
             with contextlib.suppress(BudgetError):
                 plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=thorough)
                 if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
-                    best, self.policy = (plan, groups), policy
-        if best is None:  # check() found one that fits; but this scheme may need more
-            make_plan(self._workload(self.policy)[0], machine, budget, scheme=self.scheme)
+                    best, best_policy = (plan, groups), policy
+        if best is None:  # check() found one that fits; but this scheme, or so many inputs, may need more
+            least_of = min(self._policies, key=lambda p: minimum_budget(self._workload(p, together)[0])[0])
+            make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
         assert best is not None
-        return replace(best[0], minimum=least, limiter=limiter), best[1]
+        return replace(best[0], minimum=least, limiter=limiter), best[1], best_policy
 
     def check(self, budget: int) -> tuple[int, str]:
         """The smallest budget under any allocator policy, and the layer that sets it.
@@ -133,7 +152,7 @@ class Prepared:
         plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
         return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
 
-    def _workload(self, policy: MallocPolicy) -> tuple[Workload, list[Group]]:
+    def _workload(self, policy: MallocPolicy, together: int = 1) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
         if self._groups is None or self._groups[0] is not self.trace:
             self._groups = (self.trace, form_groups(trace, self.weights, packed=self.index.packed))
@@ -150,7 +169,12 @@ class Prepared:
             if faults:
                 seconds = tuple(s * slower for s in seconds)
         parts = tuple(reserved.items())
-        return Workload(tuple(g.block for g in groups), seconds, sum(nbytes for _, nbytes in parts), parts), groups
+        workload = Workload(tuple(g.block for g in groups), seconds, sum(nbytes for _, nbytes in parts), parts)
+        if together == 1:
+            return workload, groups
+        boundaries = {first for block in workload.blocks for first, _ in block.holds}
+        each = in_flight_bytes(trace, boundaries, policy, torch.get_num_threads()) + self.in_flight_correction
+        return sweep(workload, together, max(each, 0)), groups
 
 
 def prepare(

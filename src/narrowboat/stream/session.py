@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from narrowboat.quantities import format_bytes, parse_bytes
 from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
+from narrowboat.stream.map import Maps
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
@@ -66,6 +67,8 @@ class Session:
         files: the weights files, open.
         slab: the memory; None once closed.
         records: what the last 256 passes took.
+        settled: the plan rests on measured passes.
+        maps: what is known about mapping the model.
         passes, complete_passes: calls that ended well; those of them that kept to the traced order.
     """
 
@@ -98,7 +101,8 @@ class Session:
         self._sampled_peak = 0
         self._peak_answered = 0
         self._change = BudgetChange(self)
-        self._settled = False
+        self.settled = False
+        self.maps = Maps(self)
         self.slab: Slab | None = None
         pairs = zip(index.files, index.stamps, strict=True)
         self.files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
@@ -208,10 +212,44 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def map(
+        self, inputs: Iterable[Any], batch: int | None = None, *, progress: bool = False, errors: str = "raise"
+    ) -> Iterator[Any]:
+        """Yield the model's output for each of ``inputs``, in order; blocks are read once for several of them.
+
+        For throughput, where single calls are for latency. Every input is a pass of its own, with the bits a call
+        gives; a group of them goes through each block while it is in memory. Both ends are lazy: a group is pulled
+        when its first output is asked for. What one input holds between blocks, times the group, counts against the
+        budget. Call it in ``torch.inference_mode()`` or ``torch.no_grad()``, and keep to it while iterating.
+
+        Args:
+            inputs: the arguments of one call each: a tuple of positional ones, a dict of keyword ones, or a tensor.
+                May be endless.
+            batch: inputs per group, from 1 to 64; None: the fewest within 2 % of the best predicted throughput (the
+                first passes of a session go one by one then, to be measured).
+            progress: show a bar on stderr.
+            errors: ``"raise"``: where an input fails, the outputs of the others of its group are delivered first,
+                in order, and then ``MapError`` ends the iteration. ``"return"``: the ``MapError`` is yielded in
+                its place, and the iteration goes on.
+
+        Raises:
+            UsageError: an argument cannot be used as given.
+            BudgetError: the budget cannot hold ``batch`` inputs at once.
+            MapError: an input failed; while iterating. What is wrong with the session, the model or its weights file
+                (closed, gradients, altered) is raised as it is for a call.
+        """
+        return self.maps.run(inputs, batch, progress=progress, errors=errors)
+
     def close(self) -> None:
-        """Give the memory back. The model's weights become unusable, with an error that says so; idempotent."""
+        """Give the memory back. The model's weights become unusable, with an error that says so; idempotent.
+
+        Raises:
+            UsageError: called by the model itself, in the middle of a sweep of ``map``.
+        """
         if self._closed:
             return
+        if self.engine.crew is not None and self.engine.crew.is_member():
+            raise UsageError("a pass that goes through the model together with others cannot close their session")
         _open_sessions.discard(self)
         with self.engine.lock:
             self._closed = True
@@ -230,6 +268,7 @@ class Session:
                 self.slab = None
             self.ledger.set("resident", 0)
             self.ledger.set("window", 0)
+        self.maps.dismiss()
         if self._cleanup is not None:
             self._cleanup()
 
@@ -299,33 +338,45 @@ class Session:
             file.check_open_file()
 
     def _after_pass(self, record: PassRecord | None) -> None:
-        if record is not None:
+        if record is not None and record.inputs == 1:
             self._take_note(record)
+        self.prepared.together = 1  # nobody else is on the way any more
         self._change.follow()
 
+    def note_sweep(self) -> int:
+        """A sweep of several is over; returns by how many bytes it went over the budget, if that is not answered."""
+        self._sample()
+        over = max(self._overrun(), 0)
+        if over:
+            self._peak_answered = self.peak_bytes
+        return over
+
     def _take_note(self, record: PassRecord) -> None:
-        for file in self.files:
-            file.check_open_file()
+        self._sample()
         if self.records:
             self.records[-1].forget_details()
         self.records.append(record)
         self.passes += 1
         self.complete_passes += record.complete
-        resident = process_memory().rss
-        self._sampled_peak = max(self._sampled_peak, resident)
-        # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
-        if resident - self.baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
-            trim()
         observed = self.engine.observed
         if observed is not None:
             self.engine.observed = None
             if observed.events:
                 self._learn(observed, record)
-        elif not self._settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
-            self._settled = True
+        elif not self.settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
+            self.settled = True
             self._settle(record)
-        elif self._settled and self._overrun() > 0:
+        elif self.settled and self._overrun() > 0:
             self._settle(record)
+
+    def _sample(self) -> None:
+        for file in self.files:
+            file.check_open_file()
+        resident = process_memory().rss
+        self._sampled_peak = max(self._sampled_peak, resident)
+        # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
+        if resident - self.baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
+            trim()
 
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
         """The first real pass was the trace: plan by it."""

@@ -45,6 +45,15 @@ def collect(session: Session) -> dict[str, Any]:
     jumps                    count   module calls out of the traced order
     allocator_policy         text    how malloc treats freed activations (``machine.malloc``)
     memory_locked            bool    the arena cannot be swapped out
+    map_group                count   inputs per sweep of ``Session.map``, as last decided
+    map_inputs               count   inputs that went through in groups of two or more
+    map_alone                count   inputs of maps that were passes of their own
+    map_alone_reason         text    why inputs go one by one whatever is asked; empty if they do not
+    map_sweeps               count   sweeps so far
+    map_sweep_ms             ms      per sweep, the last 256, oldest first
+    map_stall_ms             ms      per sweep, time spent waiting for weights
+    map_bytes_read           bytes   per sweep, what arrived from storage during it
+    map_predicted_sweep_ms   ms      of the plan last in force for a map
     openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
     openmp_risky             bool    a busy neighbour can make a pass many times slower
     ======================== ======= ==========================================================
@@ -52,7 +61,7 @@ def collect(session: Session) -> dict[str, Any]:
     records = list(session.records)
     settled = [r.latency for r in records if r.complete][min(2, max(len(records) - 1, 0)) :]
     status = openmp_status()
-    plan = session.plan
+    plan, maps = session.plan, session.maps
     return {
         "passes": session.passes,
         "off_trace_passes": session.passes - session.complete_passes,
@@ -86,6 +95,15 @@ def collect(session: Session) -> dict[str, Any]:
         "jumps": session.engine.jumps,
         "allocator_policy": session.prepared.policy.value,
         "memory_locked": session.slab.locked if session.slab is not None else False,
+        "map_group": maps.group,
+        "map_inputs": maps.inputs,
+        "map_alone": maps.alone,
+        "map_alone_reason": maps.why_alone,
+        "map_sweeps": maps.swept,
+        "map_sweep_ms": [r.latency * 1e3 for r in maps.sweeps],
+        "map_stall_ms": [r.stall * 1e3 for r in maps.sweeps],
+        "map_bytes_read": [r.bytes_read for r in maps.sweeps],
+        "map_predicted_sweep_ms": maps.predicted * 1e3,
         "openmp_policy": status.policy,
         "openmp_risky": status.risky,
     }

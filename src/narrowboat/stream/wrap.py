@@ -60,6 +60,9 @@ def _wrap(engine: Engine, number: int, forward: Callable[..., Any]) -> Callable[
 
     @functools.wraps(forward)
     def streamed_forward(*args: Any, **kwargs: Any) -> Any:
+        crew = engine.crew
+        if crew is not None and crew.is_member():
+            return crew.call(number, forward, args, kwargs)
         with lock:
             depth = engine.depth
             try:

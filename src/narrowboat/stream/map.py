@@ -185,7 +185,8 @@ class Maps:
         state = CallerState.capture()
         outcomes: list[Outcome]
         with engine.lock:
-            before = Picture(prepared.module)
+            written = prepared.trace.written if prepared.trace is not None else ()
+            before = Picture(prepared.module, [prepared.weights[i] for i in sorted(written)])
             drawn = torch.get_rng_state()
             seen = self._look_at_gates(crew, before) if watching else []
             prepared.together = len(calls)
@@ -225,8 +226,6 @@ class Maps:
         """Whether inputs may go through together, as far as is known now."""
         session = self._session
         trace = session.prepared.trace
-        if trace is not None and trace.written and not self.why_alone:
-            self.why_alone = "a pass writes to the model's own tensors"
         return not (self.why_alone or trace is None or session.engine.observed is not None or has_modes())
 
     def _look_at_gates(self, crew: Crew, before: Picture) -> list[str]:

@@ -8,11 +8,13 @@ lives outside the modules (globals, closures).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from narrowboat.arena.slot import Slot, Weight
 from narrowboat.arena.standin import is_streamed
 
 _CONTAINERS = (list, dict, set, deque)
@@ -20,13 +22,21 @@ _OURS = "_narrowboat"
 
 
 class Picture:
-    """The state that a module and those in it keep, as it is now; holds on to it, so that no identity is reused."""
+    """The state that a module and those in it keep, as it is now; holds on to it, so that no identity is reused.
 
-    def __init__(self, root: nn.Module) -> None:
+    Args:
+        written: weights that a pass in training mode writes to (running statistics).
+    """
+
+    def __init__(self, root: nn.Module, written: Iterable[Weight] = ()) -> None:
         self._modules = [(name, module, _own(module)) for name, module in root.named_modules()]
+        self._written = [(weight.name, slot, _writes(slot)) for weight in written for slot in weight.slots]
 
     def change(self) -> str:
         """The first attribute that is no longer what it was, in words; empty if all are."""
+        for name, slot, writes in self._written:
+            if _writes(slot) != writes:
+                return name
         for name, module, before in self._modules:
             if len(module.__dict__) != len(before) + sum(key.startswith(_OURS) for key in module.__dict__):
                 return f"the attributes of {name or 'the model'}"
@@ -47,6 +57,11 @@ class Picture:
                     value.clear()
                     _fill(value, content)
         return not self.change()
+
+
+def _writes(slot: Slot) -> int:
+    """How often the weight was written to; -1 while it has not been brought in."""
+    return slot.view._version if slot.inside else -1
 
 
 def _fill(container: Any, content: list[tuple[Any, Any, Any]]) -> None:

@@ -16,8 +16,10 @@ aside until the others are through, and then has the engine to itself.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -123,6 +125,7 @@ class Crew:
         for member in self._members:
             if member.thread is not None:
                 member.thread.join()
+                _gone(member.thread)
         self._members, self._by_thread = [], {}
 
     def _muster(self, calls: Sequence[Callable[[], Any]]) -> list[Member]:
@@ -266,3 +269,12 @@ class Crew:
         except BaseException as error:
             self.broken, self._stopping = error, True
             raise
+
+
+def _gone(thread: threading.Thread) -> None:
+    """Wait until a thread that has ended has given back what it held; ``join`` returns a little earlier."""
+    task = f"/proc/self/task/{thread.native_id}"
+    for _ in range(100):
+        if not os.path.exists(task):
+            return
+        time.sleep(0.001)

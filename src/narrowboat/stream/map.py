@@ -28,8 +28,8 @@ from narrowboat.errors import (
     UsageError,
     WeightsChangedError,
 )
-from narrowboat.machine.malloc import set_malloc_policy
-from narrowboat.plan.group import IN_FLIGHT, choose_group
+from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.plan.group import choose_group
 from narrowboat.plan.result import Plan
 from narrowboat.profile.workload import Group
 from narrowboat.stream.caller import CallerState, has_modes
@@ -62,6 +62,7 @@ class Maps:
         sweeps: measurements of the last 256 sweeps.
         group: inputs per sweep as last decided; 1: one by one.
         why_alone: why inputs go one by one whatever is asked; empty if they do not.
+        in_force: a plan with room for several inputs is in force, or was when the budget was changed.
         predicted: seconds per sweep of the plan that was last in force for one.
     """
 
@@ -74,6 +75,7 @@ class Maps:
         self.group = 1
         self.why_alone = ""
         self.predicted = 0.0
+        self.in_force = False
         self._probes = 0
         self._watched = False
         self._plan: Plan | None = None  # the plan that was put in force for ``_asked``, with room for ``group``
@@ -287,6 +289,7 @@ class Maps:
             self.group, chosen = self._choose(batch)
             self._asked = batch
             if chosen is not None:
+                self.in_force = True
                 self._put_in_force(*chosen)
             self._plan, self.predicted = session.plan, session.plan.predicted_latency
             log.info("map: %d inputs per sweep, chosen in %.0f ms", self.group, (time.perf_counter() - start) * 1e3)
@@ -314,6 +317,7 @@ class Maps:
             session.prepared.policy = policy
             set_malloc_policy(policy)
             session.put_in_force(plan, groups)
+            trim()  # the holes that another policy has left in the heap
         except Exception:
             raise
         except BaseException:
@@ -326,11 +330,16 @@ class Maps:
         if session.engine.crew is not None and session.engine.crew.is_member():
             return  # an abandoned iterator, collected in the middle of another map's sweep: the lock is not to be had
         with session.engine.lock:
-            if self._open or session.closed or not any(name == IN_FLIGHT for name, _ in session.plan.fixed_parts):
+            if self._open or session.closed or not self.in_force:
                 return
             session.engine.mend()
-            self._plan = None
-            self._put_in_force(*session.prepared.decide(session.machine, session.budget))
+            self._plan, self.in_force = None, False
+            trim()
+            session.prepared.left_behind = session.beside_weights()
+            try:
+                self._put_in_force(*session.prepared.decide(session.machine, session.budget))
+            except BudgetError as error:  # passes took more than was thought; what is in force holds a single one
+                log.warning("the plan of the map stays in force: %s", error)
 
     def _note(self, record: PassRecord) -> None:
         """A sweep is over: measurements, and more room per input if it took more than the budget."""

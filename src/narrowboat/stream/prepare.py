@@ -53,6 +53,7 @@ class Prepared:
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
         together: inputs on their way through the model at once; plans leave room for them.
         in_flight_correction: bytes by which the reserve for each input beyond the first is changed.
+        left_behind: bytes beside the weights that the process still held when the last map had ended.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
@@ -75,6 +76,7 @@ class Prepared:
     scheme: str = "best"
     together: int = 1
     in_flight_correction: int = 0
+    left_behind: int = 0
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -107,22 +109,29 @@ class Prepared:
             BudgetError: no policy leaves enough.
         """
         least, limiter = self.check(budget)
-        best: tuple[Plan, list[Group]] | None = None
-        best_policy = self.policy
+        best = self._best(machine, budget, together, self.left_behind, thorough)
+        if best is None and self.left_behind:  # where there is no room for that, passes will have to use it again
+            best = self._best(machine, budget, together, 0, thorough)
+        if best is None:  # check() found one that fits; but this scheme, or so many inputs, may need more
+            least_of = min(self._policies, key=lambda p: minimum_budget(self._workload(p, together)[0])[0])
+            make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
+        assert best is not None
+        return replace(best[0], minimum=least, limiter=limiter), best[1], best[2]
+
+    def _best(
+        self, machine: Machine, budget: int, together: int, left_behind: int, thorough: bool
+    ) -> tuple[Plan, list[Group], MallocPolicy] | None:
+        best: tuple[Plan, list[Group], MallocPolicy] | None = None
         for policy in self._policies:
-            workload, groups = self._workload(policy, together)
+            workload, groups = self._workload(policy, together, left_behind)
             # Two percent: an allocator that gives memory back has to be worth it.
             if best is not None and sum(workload.step_seconds) > best[0].predicted_latency * 0.98:
                 continue
             with contextlib.suppress(BudgetError):
                 plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=thorough)
                 if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
-                    best, best_policy = (plan, groups), policy
-        if best is None:  # check() found one that fits; but this scheme, or so many inputs, may need more
-            least_of = min(self._policies, key=lambda p: minimum_budget(self._workload(p, together)[0])[0])
-            make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
-        assert best is not None
-        return replace(best[0], minimum=least, limiter=limiter), best[1], best_policy
+                    best = plan, groups, policy
+        return best
 
     def check(self, budget: int) -> tuple[int, str]:
         """The smallest budget under any allocator policy, and the layer that sets it.
@@ -148,11 +157,15 @@ class Prepared:
 
     def remake(self, machine: Machine, budget: int, before: Plan) -> tuple[Plan, list[Group]]:
         """Plan anew under the policy in force, from what has been measured since; searches on while it pays."""
-        workload, groups = self._workload(self.policy)
-        plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
+        workload, groups = self._workload(self.policy, left_behind=self.left_behind)
+        try:
+            plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
+        except BudgetError:
+            workload, groups = self._workload(self.policy)
+            plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
         return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
 
-    def _workload(self, policy: MallocPolicy, together: int = 1) -> tuple[Workload, list[Group]]:
+    def _workload(self, policy: MallocPolicy, together: int = 1, left_behind: int = 0) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
         if self._groups is None or self._groups[0] is not self.trace:
             self._groups = (self.trace, form_groups(trace, self.weights, packed=self.index.packed))
@@ -161,7 +174,10 @@ class Prepared:
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
-            reserved["allocator"] = max(reserved["allocator"] + self.corrections.get(policy, 0), 0)
+            correction = self.corrections.get(policy, 0)
+            if together > 1:
+                correction = max(correction, 0)  # what single passes did not need, several heaps may
+            reserved["allocator"] = max(reserved["allocator"] + correction, 0 if together > 1 else left_behind)
             faults = fault_seconds(trace, policy)
             if self.measured_under is not None:
                 faults -= fault_seconds(trace, self.measured_under)  # those are in the times already
@@ -174,7 +190,8 @@ class Prepared:
             return workload, groups
         boundaries = {first for block in workload.blocks for first, _ in block.holds}
         each = in_flight_bytes(trace, boundaries, policy, torch.get_num_threads()) + self.in_flight_correction
-        return sweep(workload, together, max(each, 0)), groups
+        # What an earlier map's threads have left behind, the next one's use again.
+        return sweep(workload, together, max(each, left_behind // (together - 1))), groups
 
 
 def prepare(

@@ -351,6 +351,12 @@ class Session:
             self._peak_answered = self.peak_bytes
         return over
 
+    def beside_weights(self) -> int:
+        """Bytes the process holds over its baseline and the arena; 0 where other sessions may hold some of them."""
+        if len(_open_sessions) != 1:
+            return 0
+        return max(process_memory().rss - self.baseline - self.plan.arena_bytes, 0)
+
     def _take_note(self, record: PassRecord) -> None:
         self._sample()
         if self.records:
@@ -363,6 +369,8 @@ class Session:
             self.engine.observed = None
             if observed.events:
                 self._learn(observed, record)
+        elif self.maps.in_force:
+            return  # what a pass beside a map takes says nothing of one alone
         elif not self.settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
             self.settled = True
             self._settle(record)

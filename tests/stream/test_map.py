@@ -913,3 +913,14 @@ def test_a_map_stays_within_the_budget(tmp_path: Path, threads: int, batch: int)
     assert told["weight_bytes"] > 96 * MIB
     assert not batch or told["map_inputs"] >= 50
     assert told["over"] <= 0
+
+
+def test_the_benchmark_can_be_imported() -> None:
+    import importlib.util
+
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "map.py"
+    spec = importlib.util.spec_from_file_location("map_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert len(list(module.varied((torch.ones(1, 3), torch.tensor([[1, 5, 2]])), 4, tokens=1))) == 4

@@ -136,7 +136,12 @@ class Crew:
                 target=self._work, args=(member,), name=f"narrowboat-map-{len(self._members)}", daemon=True
             )
             self._members.append(member)
-            member.thread.start()
+            try:
+                member.thread.start()
+            except BaseException:
+                if member.thread.ident is None:  # the system has no thread to give
+                    self._members.remove(member)
+                raise
         members = self._members[: len(calls)]
         for member, call in zip(members, calls, strict=True):
             member.call, member.value, member.error = call, None, None

@@ -34,6 +34,10 @@ class BudgetError(NarrowboatError):
         self.limiter = limiter
 
 
+class ReservationError(NarrowboatError):
+    """A call needs a larger key-value cache than the budget reserves; it was refused before it ran."""
+
+
 class WeightsError(NarrowboatError):
     """Something about the weights at rest is wrong; base of the four below."""
 

@@ -15,7 +15,8 @@ from narrowboat.zoo.request import find_request
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:factory, such as narrowboat.zoo:vgg19.")
+        str,
+        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
     ],
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
@@ -46,7 +47,7 @@ def plan(
     if request.inputs is not None:
         example = (request.inputs, {})
     forecast = foresee(
-        request.factory, request.weights, budget=bytes_allowed, example=example, bandwidth=speed, scheme=scheme
+        request.factory, request.source, budget=bytes_allowed, example=example, bandwidth=speed, scheme=scheme
     )
     if json:
         document = {

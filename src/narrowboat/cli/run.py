@@ -31,7 +31,8 @@ class Io(StrEnum):
 
 def run(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:factory, such as narrowboat.zoo:vgg19.")
+        str,
+        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
     ],
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
@@ -62,7 +63,7 @@ def run(
     with progress_bar("running", unit="passes") as progress:
         report = run_model(
             request.factory,
-            request.weights,
+            request.source,
             budget=bytes_allowed,
             inputs=inputs,
             passes=passes,

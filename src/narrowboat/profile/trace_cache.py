@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 1
+_FORMAT = 2
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -103,6 +103,7 @@ def load_trace(key: str) -> UseTrace | None:
             taken=(int(kept["taken"][0]), int(kept["taken"][1])),
             written=set(kept["written"]),
             output_bytes=int(kept["output_bytes"]),
+            cache_bytes=int(kept["cache_bytes"]),
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

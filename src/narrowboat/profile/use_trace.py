@@ -48,6 +48,7 @@ class UseTrace:
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
+        cache_bytes: of the activations, the key-value cache that the pass hands back.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -59,6 +60,7 @@ class UseTrace:
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
+    cache_bytes: int = 0
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
@@ -261,6 +263,7 @@ def trace_uses(
                     recorder._count(value)
                 out = double(*args, **kwargs)
         trace.output_bytes = sum(_nbytes(t) for t in _tensors(out))
+        trace.cache_bytes = _cache_bytes(out)
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
@@ -286,6 +289,30 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
         for child in disabled:
             child.disabled = False
+
+
+def _cache_bytes(out: Any) -> int:
+    """Bytes of the tensors in a result's key-value cache or recurrent state, whatever class holds them."""
+    get = getattr(out, "get", None)
+    if not callable(get):
+        return 0
+    stack = [get(name) for name in ("past_key_values", "cache_params") if get(name) is not None]
+    seen: set[int] = set()
+    total = 0
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            total += _nbytes(value)
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif type(value).__module__.startswith("transformers"):
+            stack += vars(value).values() if hasattr(value, "__dict__") else ()
+    return total
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:

@@ -57,7 +57,7 @@ class Forecast:
 
 def foresee(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     *,
     budget: int,
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
@@ -69,7 +69,7 @@ def foresee(
 
     Args:
         model: factory or module.
-        weights: a weights file or folder.
+        weights: a weights file or folder, or the index of one.
         budget: bytes over the process baseline.
         example: ``(args, kwargs)`` of one pass, or None.
         bandwidth: bytes per second of the storage; None measures it.

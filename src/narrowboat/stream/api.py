@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrowboat.checkpoint import pack
+from narrowboat.checkpoint import WeightsIndex, pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
@@ -32,7 +32,7 @@ _IO = ("auto", "direct", "buffered")
 
 def stream(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path | None = None,
+    weights: str | Path | WeightsIndex | None = None,
     *,
     budget: int | str,
     example: tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -48,7 +48,8 @@ def stream(
     Args:
         model: a factory taking no arguments (built without storage for its parameters), a module on meta, or a
             materialised module (its own weights are let go).
-        weights: a safetensors file, a sharded index, a Hugging Face folder, or a ``.pth`` file. None for a
+        weights: a safetensors file, a sharded index, a Hugging Face folder, a ``.pth`` file, or an index of one of
+            these (``checkpoint.open_index``). None for a
             materialised module: its weights are then first written to ``offload_folder``.
         budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
             ``"300MB"`` or ``"300MiB"``; or ``"auto"``: what the machine can spare, followed while the session lives.
@@ -88,7 +89,7 @@ def stream(
         maker = getattr(model, "example_inputs", None)
         example = maker() if callable(maker) else None
     pair = split_example(example) if example is not None else None
-    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+    if weights is not None and not isinstance(weights, (str, os.PathLike, WeightsIndex)):
         raise UsageError(f"weights must be the path of a file or folder, not {type(weights).__name__}")
     before = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None
     if isinstance(before, Session) and before.closed:

@@ -31,6 +31,7 @@ from narrowboat.profile.workload import Group, form_groups
 
 NO_EXAMPLE = "no example inputs"
 _PAGE = 4096
+_STAGING = 4 << 20  # bytes for the copies of files that are not packed
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -142,6 +143,9 @@ class Prepared:
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
+            if trace.cache_bytes:
+                reserved["activations"] = max(reserved["activations"] - trace.cache_bytes, 0)
+                reserved["kv-cache"] = trace.cache_bytes
             reserved["allocator"] = max(reserved["allocator"] + self.corrections.get(policy, 0), 0)
             faults = fault_seconds(trace, policy)
             if self.measured_under is not None:
@@ -155,7 +159,7 @@ class Prepared:
 
 def prepare(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     *,
     strict: bool = True,
@@ -164,7 +168,7 @@ def prepare(
 
     Args:
         model: factory or module.
-        weights: file or folder.
+        weights: file or folder, or the index of one.
         example: ``(args, kwargs)`` of one pass, or None.
         strict: refuse tensors in the file that the model does not have.
     """
@@ -172,7 +176,7 @@ def prepare(
     module = build_skeleton(model)
     # What a factory imports (transformers: 150 MiB) is the process's, like torch; a skeleton itself is small.
     libraries = max(process_memory().rss - before, 0) if len(sys.modules) > loaded else 0
-    index = open_index(weights)
+    index = weights if isinstance(weights, WeightsIndex) else open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
     trace: UseTrace | None = None
@@ -193,6 +197,8 @@ def prepare(
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
+        # Each worker copies out of a buffer of its own: large ones would take the budget and the processor's cache.
+        storage = replace(storage, chunk=min(storage.chunk, max(_STAGING // storage.depth // _PAGE, 1) * _PAGE))
         parts["staging"] = storage.depth * (storage.chunk + 2 * _PAGE)
     parts["bookkeeping"] = _PER_WEIGHT * len(matched.weights)
     return Prepared(

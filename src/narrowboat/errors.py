@@ -38,6 +38,10 @@ class ReservationError(NarrowboatError):
     """A call needs a larger key-value cache than the budget reserves; it was refused before it ran."""
 
 
+class ProfileError(NarrowboatError):
+    """A profile file cannot be read, or was measured of something else."""
+
+
 class WeightsError(NarrowboatError):
     """Something about the weights at rest is wrong; base of the four below."""
 

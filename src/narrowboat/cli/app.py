@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("narrowboat.cli.doctor:doctor", "Say what this machine offers, and what each absence means."),
     "inspect": ("narrowboat.cli.inspect:inspect", "List the tensors of a weights file without loading them."),
     "pack": ("narrowboat.cli.pack:pack", "Rewrite a weights file for streaming: aligned, in execution order."),
+    "profile": ("narrowboat.cli.profile:profile", "Measure what a model costs on this machine."),
     "plan": ("narrowboat.cli.plan:plan", "Show what would be resident, what streamed, and how fast."),
     "run": ("narrowboat.cli.run:run", "Run a model inside a byte budget."),
     "generate": ("narrowboat.cli.generate:generate", "Text from a language model inside a byte budget."),

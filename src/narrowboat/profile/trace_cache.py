@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 2
+_FORMAT = 3
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -104,6 +104,7 @@ def load_trace(key: str) -> UseTrace | None:
             written=set(kept["written"]),
             output_bytes=int(kept["output_bytes"]),
             cache_bytes=int(kept["cache_bytes"]),
+            alive=[int(n) for n in kept["alive"]],
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

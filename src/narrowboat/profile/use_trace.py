@@ -48,6 +48,7 @@ class UseTrace:
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
+        alive: for each step, the most bytes of intermediate tensors and workspaces alive during it.
         cache_bytes: of the activations, the key-value cache that the pass hands back.
     """
 
@@ -61,12 +62,14 @@ class UseTrace:
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
     cache_bytes: int = 0
+    alive: list[int] = field(default_factory=list)
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
         self.events.append(event)
         self.uses.append([])
         self.flops.append(0.0)
+        self.alive.append(0)
         self.traffic.append(0.0)
 
     def use(self, weight: int) -> None:
@@ -148,9 +151,14 @@ class _Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
         self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
+        self._high(self.alive)
         self._take(nbytes)
         weakref.finalize(storage, self._freed, nbytes)
+
+    def _high(self, nbytes: int) -> None:
+        self.peak = max(self.peak, nbytes)
+        if self.trace.alive:
+            self.trace.alive[-1] = max(self.trace.alive[-1], nbytes)
 
     def _take(self, nbytes: int) -> None:
         if nbytes >= 64 << 10:
@@ -182,7 +190,7 @@ class _Recorder(TorchDispatchMode):
             self.trace.traffic[step] += moved
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self.peak = max(self.peak, self.alive + moved)
+            self._high(self.alive + moved)
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
 

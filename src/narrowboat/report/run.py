@@ -19,8 +19,9 @@ from narrowboat.errors import UsageError
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.exact import first_difference, output_digest, output_tensors
+from narrowboat.report.picture import require_matplotlib
 from narrowboat.report.plain import load_weights
-from narrowboat.report.timeline import draw_timeline, require_matplotlib
+from narrowboat.report.timeline import draw_timeline
 from narrowboat.stream.api import session, stream
 
 

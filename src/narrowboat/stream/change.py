@@ -62,7 +62,7 @@ class BudgetChange:
         session.engine.on_boundary, self._chosen = None, None
         start, before = time.perf_counter(), session.budget
         try:
-            plan, groups = chosen or session.prepared.choose(session.machine, nbytes)
+            plan, groups = chosen or session.prepared.look_up(session.machine, nbytes)
         except BudgetError as error:
             log.warning("the budget stays %s: %s", format_bytes(before), error)
             return
@@ -81,7 +81,7 @@ class BudgetChange:
             return
         if self._chosen is None or self._chosen[0].budget != self._wanted[0]:
             try:
-                self._chosen = session.prepared.choose(session.machine, self._wanted[0])
+                self._chosen = session.prepared.look_up(session.machine, self._wanted[0])
             except BudgetError:
                 self.follow()  # says so
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from torch import nn
 
 from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
-from narrowboat.errors import BudgetError, ModelError
+from narrowboat.errors import BudgetError, ModelError, ProfileError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
 from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
 from narrowboat.plan.result import Plan
+from narrowboat.plan.table import PlanTable
 from narrowboat.profile.measure import estimate_steps
+from narrowboat.profile.measured import MeasuredProfile, identity_of, load_profile, read_profile, save_profile
 from narrowboat.profile.memory import activation_parts, fault_seconds
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
@@ -51,6 +53,7 @@ class Prepared:
         policy: how the allocator treats freed activations.
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
+        measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -70,6 +73,8 @@ class Prepared:
     measured_under: MallocPolicy | None = None
     corrections: dict[MallocPolicy, int] = field(default_factory=dict)
     scheme: str = "best"
+    measured: MeasuredProfile | None = None
+    _table: tuple[object, PlanTable] | None = field(default=None, repr=False)
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -114,6 +119,61 @@ class Prepared:
         """
         workloads = [self._workload(policy)[0] for policy in self._policies]
         return check_budget(min(workloads, key=lambda w: minimum_budget(w)[0]), budget)
+
+    def look_up(self, machine: Machine, budget: int) -> tuple[Plan, list[Group]]:
+        """A plan for another budget: from the table if there is one, which takes no search; else as ``choose``.
+
+        Raises:
+            BudgetError: as ``choose``.
+        """
+        least, limiter = self.check(budget)
+        found = self._plan_table(machine, (least, limiter)).best(budget) if self.scheme == "best" else None
+        if found is None:
+            return self.choose(machine, budget)
+        self.policy = MallocPolicy(found.policy)
+        return replace(found.plan, minimum=least, limiter=limiter), self._workload(self.policy)[1]
+
+    def _plan_table(self, machine: Machine, least: tuple[int, str]) -> PlanTable:
+        rows = self.measured.table if self.measured is not None else []
+        made_from = (machine, self.step_seconds, tuple(self.corrections.items()), len(rows))
+        if self._table is None or self._table[0] != made_from:
+            workloads = {policy.value: self._workload(policy)[0] for policy in self._policies}
+            try:
+                table = PlanTable.from_json(rows, workloads, machine, least)
+            except (KeyError, TypeError, ValueError, IndexError):
+                table = PlanTable([])  # kept by another version
+            self._table = made_from, table
+        return self._table[1]
+
+    def learn(self, step_seconds: Sequence[float], slow: float, bandwidth: float) -> None:
+        """Take in what a pass took, and keep it for later processes.
+
+        Args:
+            step_seconds: computing time of each step, seconds.
+            slow: the factor by which reading beside it is thought to have slowed it down.
+            bandwidth: of the storage during it, bytes per second.
+        """
+        self.step_seconds = tuple(seconds / slow for seconds in step_seconds)
+        self.measured_under = self.policy
+        if self.measured is not None:
+            self.measured.step_seconds = list(self.step_seconds)
+            self.measured.policy = self.policy.value
+            self.measured.bandwidths = self.measured.bandwidths or [bandwidth]
+            save_profile(self.measured)
+
+    def take(self, path: Path) -> None:
+        """Plan from the profile in a file.
+
+        Raises:
+            ProfileError: it cannot be read, or is of another model, input, machine or setting.
+        """
+        if self.measured is None:
+            raise ProfileError(f"profile {path} cannot be used: the model was not traced ({self.why_untraced})")
+        found = read_profile(path, self.measured.identity)
+        if self.trace is None or len(found.step_seconds) != len(self.trace.uses):
+            raise ProfileError(f"{path} was measured with another trace: measure anew with narrowboat profile")
+        self.measured, self.step_seconds = found, tuple(found.step_seconds)
+        self.measured_under = MallocPolicy(found.policy)
 
     def correct(self, nbytes: int) -> None:
         """Change the reserve of the policy in force."""
@@ -180,6 +240,7 @@ def prepare(
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
     trace: UseTrace | None = None
+    measured: MeasuredProfile | None = None
     why = NO_EXAMPLE
     if example is not None:
         _refuse_foreign_arguments(module, example)
@@ -194,6 +255,12 @@ def prepare(
                 save_trace(key, trace)
             except TraceError as error:
                 why = str(error)
+        if trace is not None:
+            identity = identity_of(key, index.digest)
+            measured = load_profile(identity) or MeasuredProfile(identity, "", [])
+            if len(measured.step_seconds) != len(trace.uses):
+                measured = MeasuredProfile(identity, "", [])
+    known = measured is not None and bool(measured.step_seconds)
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
@@ -209,10 +276,18 @@ def prepare(
         parts,
         _owned(module, matched.numbers),
         storage,
-        estimate_steps(trace) if trace is not None else (),
-        "" if trace is not None else why,
-        libraries,
+        step_seconds=_step_seconds(trace, measured if known else None),
+        why_untraced="" if trace is not None else why,
+        library_bytes=libraries,
+        measured_under=MallocPolicy(measured.policy) if measured is not None and known else None,
+        measured=measured,
     )
+
+
+def _step_seconds(trace: UseTrace | None, measured: MeasuredProfile | None) -> tuple[float, ...]:
+    if measured is not None:
+        return tuple(measured.step_seconds)
+    return estimate_steps(trace) if trace is not None else ()
 
 
 def _refuse_foreign_arguments(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

@@ -113,7 +113,8 @@ class Session:
             self.files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
         )
         try:
-            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files))
+            contention = prepared.measured.contention if prepared.measured is not None else 0.0
+            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files), contention=contention)
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap
@@ -344,9 +345,10 @@ class Session:
     def _settle(self, record: PassRecord) -> None:
         """Plan again from measured times and memory; move only if it is worth reading the resident set again."""
         prepared = self.prepared
-        prepared.step_seconds, prepared.measured_under = tuple(record.step_seconds), prepared.policy
+        slow = 1 + self.machine.contention * min(record.read_busy / max(record.compute, 1e-9), 1.0)
         if record.read_busy > 0.005 and record.bytes_read:
-            self.machine = Machine(bandwidth=record.bytes_read / record.read_busy)
+            self.machine = replace(self.machine, bandwidth=record.bytes_read / record.read_busy)
+        prepared.learn(record.step_seconds, slow, self.machine.bandwidth)
         before = self.plan
         self.plan = replace(
             retime(before, prepared.workload()[0], self.machine), minimum=before.minimum, limiter=before.limiter

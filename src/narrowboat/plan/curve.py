@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from narrowboat.plan.model import PAGE
 from narrowboat.plan.result import Plan
-
-_PAGE = 4096
 
 
 def budgets(least: int, enough: int, count: int) -> list[int]:
@@ -20,7 +19,7 @@ def budgets(least: int, enough: int, count: int) -> list[int]:
     if enough <= least or count < 2:
         return [least]
     factor = (enough / least) ** (1 / (count - 1))
-    inner = {int(least * factor**i) // _PAGE * _PAGE for i in range(1, count - 1)}
+    inner = {int(least * factor**i) // PAGE * PAGE for i in range(1, count - 1)}
     return sorted({least, *(b for b in inner if least < b < enough), enough})
 
 
@@ -59,8 +58,8 @@ def smallest_for(target: float, points: Sequence[Plan], plan_for: Callable[[int]
     if met is None:
         return None
     low = max((p.budget for p in points if p.budget < met.budget), default=met.budget)
-    while met.budget - low > max(met.budget // 200, _PAGE):
-        middle = (low + met.budget) // 2 // _PAGE * _PAGE
+    while met.budget - low > max(met.budget // 200, PAGE):
+        middle = (low + met.budget) // 2 // PAGE * PAGE
         if middle <= low:
             break
         tried = plan_for(middle)

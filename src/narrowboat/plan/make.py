@@ -15,7 +15,7 @@ from functools import lru_cache
 from narrowboat.errors import BudgetError, UsageError
 from narrowboat.plan.bound import latency_bound
 from narrowboat.plan.layout import peak_held, place
-from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.model import PAGE, Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
 from narrowboat.plan.schemes import SCHEMES
@@ -23,7 +23,6 @@ from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidat
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
 
-PAGE = 4096
 _SPREADS: tuple[Spread, ...] = (evenly_by_time, evenly_by_bytes)
 _PATIENCE = 6  # candidates in a row that bring nothing before the search ends
 

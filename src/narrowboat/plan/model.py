@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PAGE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Block:

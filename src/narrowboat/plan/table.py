@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from narrowboat.plan.make import retime
-from narrowboat.plan.model import Machine, Workload
+from narrowboat.plan.model import PAGE, Machine, Workload
 from narrowboat.plan.result import Plan
 from narrowboat.plan.timing import Timing
 
@@ -84,6 +84,8 @@ class PlanTable:
             workload = workloads.get(row["policy"])
             numbers = {*row["resident"], *row["streamed"]}
             if workload is None or numbers != set(range(len(workload.blocks))):
+                continue
+            if any(offset % PAGE for offset in row["offsets"]):
                 continue
             arena = int(row["resident_bytes"]) + int(row["window_bytes"])
             if arena + workload.fixed_bytes > int(row["budget"]):

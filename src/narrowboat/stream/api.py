@@ -23,6 +23,7 @@ from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_
 from narrowboat.profile.warmup import warm_up
 from narrowboat.quantities import parse_bytes
 from narrowboat.stream.auto import follow_limits, initial_budget
+from narrowboat.stream.integrity import MODES
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
 
@@ -40,6 +41,7 @@ def stream(
     strict: bool = True,
     io: str = "auto",
     lock_memory: bool = False,
+    verify: str = "off",
     offload_folder: str | Path | None = None,
     scheme: str = "best",
 ) -> nn.Module:
@@ -60,6 +62,8 @@ def stream(
         strict: refuse a weights file with tensors the model does not have.
         io: ``"direct"`` (refuse if it cannot be had), ``"buffered"``, or ``"auto"``.
         lock_memory: keep the arena from being swapped out.
+        verify: ``"load"`` compares each weight with its digest in a packed file when it first comes in, ``"always"``
+            now and then later too (at some 0.5 GB/s per core); a damaged one raises ``DigestError`` from the call.
         offload_folder: where a materialised module's weights are written; deleted again when the session closes.
             None: the user's cache folder.
         scheme: ``"best"``; or, for comparison, ``"swapnet"``, ``"first-resident"``, ``"window"``
@@ -81,6 +85,8 @@ def stream(
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
     if scheme not in ("best", *SCHEMES):
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    if verify not in MODES:
+        raise UsageError(f"verify must be one of {', '.join(MODES)}, not {verify!r}")
     if io not in _IO:
         raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
     warm_up()
@@ -118,6 +124,7 @@ def stream(
             budget=nbytes,
             io=io,
             lock_memory=lock_memory,
+            verify=verify,
             baseline=baseline + prepared.library_bytes,
             cleanup=cleanup,
         )

@@ -123,6 +123,7 @@ def make_blocks(
             blocks.append(kept[i])
             continue
         base = homes[-1] + plan.offsets[i] if i in streamed else homes[i] if i in plan.resident else None
+        assert base is None or base % PAGE == 0, f"{group.block.name} lies at {base}: kernels choose by alignment"
         blocks.append(
             BlockState(
                 index=i,

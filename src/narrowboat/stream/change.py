@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from narrowboat.errors import BudgetError
+from narrowboat.errors import BudgetError, StreamedModelError
 from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.plan import Plan
 from narrowboat.profile.workload import Group
@@ -47,14 +47,22 @@ class BudgetChange:
                 try:
                     if engine.running:
                         return  # called from inside a pass
-                    self.follow()
+                    self.follow(asked=True)
                 finally:
                     engine.lock.release()
             elif engine.running:
                 return  # the thread that runs the pass sees to it
 
-    def follow(self, chosen: tuple[Plan, list[Group]] | None = None) -> None:
-        """Put what was asked for in force, if anything was. The caller holds the engine's lock."""
+    def follow(self, chosen: tuple[Plan, list[Group]] | None = None, *, asked: bool = False) -> None:
+        """Put what was asked for in force, if anything was. The caller holds the engine's lock.
+
+        Args:
+            chosen: the plan for it, if it is made already.
+            asked: the one who asked is waiting for it, and is told why not.
+
+        Raises:
+            BudgetError, StreamedModelError: it cannot be, and ``asked``; else that is logged. The budget stays.
+        """
         if self._wanted is None:
             return
         session = self._session
@@ -63,7 +71,10 @@ class BudgetChange:
         start, before = time.perf_counter(), session.budget
         try:
             plan, groups = chosen or session.prepared.look_up(session.machine, nbytes)
-        except BudgetError as error:
+            session.refuse_written()
+        except (BudgetError, StreamedModelError) as error:
+            if asked:
+                raise
             log.warning("the budget stays %s: %s", format_bytes(before), error)
             return
         set_malloc_policy(session.prepared.policy)

@@ -23,7 +23,7 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
-from narrowboat.errors import SessionClosedError
+from narrowboat.errors import SessionClosedError, StreamedModelError
 from narrowboat.plan.result import Plan
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
 from narrowboat.stream.blocks import BlockState, State
@@ -50,6 +50,8 @@ class Engine:
         record: measurements of the pass in progress.
         on_begin, on_end: called at the outermost entry and after the outermost exit of a pass.
         on_boundary: called at every event, if set: a change of plan is wanted before the pass ends.
+        on_step: called at every event, if set: somebody watches the memory.
+        on_arrival: called with a block whose bytes have come in, before the model sees them; may refuse them.
         on_torn: called before the next use after an interruption; puts a plan in force anew.
         depth: how many wrapped calls are in progress.
         running: a pass is in progress.
@@ -71,6 +73,8 @@ class Engine:
         self.on_touch: Callable[[], None] = lambda: None
         self.on_torn: Callable[[], None] = lambda: None
         self.on_boundary: Callable[[], None] | None = None
+        self.on_step: Callable[[], None] | None = None
+        self.on_arrival: Callable[[BlockState], None] | None = None
         self.depth = 0
         self.running = False
         self.torn = False
@@ -108,6 +112,7 @@ class Engine:
         self.blocks = blocks
         self._block_of = {weight.index: block for block in blocks for weight in block.weights}
         self._swapper.use(slab, blocks, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
+        self._swapper.held_besides = plan.fixed_bytes
         self._events = trace.events if trace is not None else []
         self._where = {}
         for step, event in enumerate(self._events):
@@ -245,6 +250,8 @@ class Engine:
         pos = self._pos
         if pos >= 0:
             self.record.step_seconds[pos] += now - self._resumed
+        if self.on_step is not None:
+            self.on_step()
         if self.on_boundary is not None:
             self.on_boundary()
         if self.observed is not None:
@@ -346,8 +353,19 @@ class Engine:
             self.record.stalled(block.index, after - before)
             self._resumed += after - before  # a wait in the middle of a step is not computing
             self._timeline_compute(block.name, before, after)
+        if self.on_arrival is not None:
+            self._inspect(block)
         if self.observed is None:  # else every operator has to meet the stand-ins, or its use goes unseen
             block.show()
+
+    def _inspect(self, block: BlockState) -> None:
+        if self.on_arrival is None or block.shown:
+            return
+        try:
+            self.on_arrival(block)
+        except BaseException:
+            self._swapper.evict(block)
+            raise
 
     def _make_place(self, block: BlockState) -> None:
         """Free the block's addresses, or give it memory of its own if those in use need them."""
@@ -377,6 +395,7 @@ class Engine:
         if all(block.state is State.IN for block in residents):
             self._prefetcher.unclaim()
             for block in residents:
+                self._inspect(block)
                 block.show()
             self._prefetcher.arrange([hold for hold in self._holds if not hold[2].resident])
             self._has_residents = False
@@ -398,6 +417,8 @@ class Engine:
             if not inside:
                 self._mend()
                 self.on_touch()
+            if not self.blocks:
+                raise StreamedModelError("no plan is in force: a change of it was interrupted; call the model again")
             blocks = []
             self.misses += inside
             for weight in weights:

@@ -33,6 +33,15 @@ from narrowboat.profile.workload import Group, form_groups
 
 NO_EXAMPLE = "no example inputs"
 _PAGE = 4096
+# What an operator says of shapes that do not go together, on fake tensors as on real ones.
+_MISFIT = (
+    "shapes cannot be multiplied",
+    "must have same reduction dim",
+    "size mismatch",
+    "Given groups=",
+    "Given normalized_shape=",
+    "to have the same number of channels",
+)
 _STAGING = 4 << 20  # bytes for the copies of files that are not packed
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
@@ -161,6 +170,10 @@ class Prepared:
             self.measured.bandwidths = self.measured.bandwidths or [bandwidth]
             save_profile(self.measured)
 
+    def reserve_for(self, nbytes: int) -> None:
+        """A trace that a real pass made knows no activations: set aside what the pass took beside the weights."""
+        self.fixed_parts["activations"] = max(nbytes, 0)
+
     def take(self, path: Path) -> None:
         """Plan from the profile in a file.
 
@@ -255,6 +268,8 @@ def prepare(
                 save_trace(key, trace)
             except TraceError as error:
                 why = str(error)
+                if any(phrase in why for phrase in _MISFIT):
+                    raise ModelError(f"the example inputs do not fit {type(module).__name__}: {why}") from error
         if trace is not None:
             identity = identity_of(key, index.digest)
             measured = load_profile(identity) or MeasuredProfile(identity, "", [])

@@ -224,6 +224,14 @@ class Reader:
         with self._cond:
             return self.busy_seconds + (time.perf_counter() - self._busy_since if self._active else 0.0)
 
+    def forget_threads(self) -> None:
+        """In a forked child: its threads do not exist, and a lock that one of them held is never released."""
+        self._cond = threading.Condition()
+        self._closed = True
+        self._queue.clear()
+        self._active = 0
+        self._threads.clear()
+
     def close(self, *, wait: bool = True) -> None:
         """Stop the threads and close the files; reads under way are finished first."""
         with self._cond:

@@ -24,7 +24,7 @@ from narrowboat.errors import (
     UsageError,
 )
 from narrowboat.machine.malloc import set_malloc_policy, trim
-from narrowboat.machine.memory import process_memory
+from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.machine.openmp import warn_about_openmp
 from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
@@ -36,6 +36,7 @@ from narrowboat.quantities import format_bytes, parse_bytes
 from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
+from narrowboat.stream.integrity import Integrity
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
@@ -50,6 +51,7 @@ _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 _NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
 _MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
 _ROOM_AT_REST = 16  # a sixteenth of the reserve has to be free between passes
+_OURS_AT_REST = 16 << 20  # bytes beside the weights that may be ours between passes: heap, objects
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
@@ -78,6 +80,7 @@ class Session:
         budget: int,
         io: str,
         lock_memory: bool,
+        verify: str,
         baseline: int,
         cleanup: Callable[[], None] | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class Session:
         self._budget = budget
         self._cleanup = cleanup
         self._lock_memory = lock_memory
+        self._pid = os.getpid()
         self.baseline = baseline
         self._peak_before = process_memory().hwm
         self._closed = False
@@ -96,8 +100,10 @@ class Session:
         self.passes = 0
         self.complete_passes = 0
         self._sampled_peak = 0
+        self._foreign = 0
         self._peak_answered = 0
         self._change = BudgetChange(self)
+        self.following = False  # budget="auto"
         self._settled = False
         self.slab: Slab | None = None
         pairs = zip(index.files, index.stamps, strict=True)
@@ -124,6 +130,9 @@ class Session:
             self.engine.on_end = self._after_pass
             self.engine.on_touch = self._check_files
             self.engine.on_torn = self._readopt
+            if verify != "off":
+                integrity = Integrity(verify, index.digests, index.files[0])
+                self.engine.on_arrival = lambda block: integrity.check(block, self._slab_in_force())
             modules = prepared.module.modules()
             self._norms = [m for m in modules if getattr(m, "track_running_stats", False) and list(m.buffers(False))]
             if prepared.trace is None:
@@ -148,12 +157,15 @@ class Session:
     def budget(self) -> int:
         """Bytes the session may use over the process baseline; set it to change it while the session lives.
 
+        A session with ``budget="auto"`` no longer follows the machine from then on.
+
         Takes effect before the assignment returns, or, while a pass is in progress, at its next block boundary (less)
         or its end (more). What stays resident is not read again; what goes is given back at once; no answer changes.
 
         Raises:
             BudgetError: the new budget cannot hold the model; the one in force stays.
             QuantityError: it is no size.
+            StreamedModelError: weights that would move have been written to; the change would be lost.
             SessionClosedError: the session is closed.
         """
         return self._budget
@@ -165,9 +177,11 @@ class Session:
     def change_budget(self, value: int | str, *, cause: str) -> None:
         """What setting ``budget`` does, with a ``cause`` for the trace."""
         nbytes = parse_bytes(value, what="budget")
-        if self._closed:
+        if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
         self.prepared.check(nbytes)
+        if cause == "asked":
+            self.following = False
         self._change.ask(nbytes, cause)
 
     @property
@@ -217,7 +231,8 @@ class Session:
         with self.engine.lock:
             self._closed = True
             try:
-                self.engine.let_go()
+                if os.getpid() == self._pid:  # in a forked child, copying what others kept could wait for ever
+                    self.engine.let_go()
             except NarrowboatError as error:
                 log.warning("%s", error)
             self.engine.closed = (
@@ -251,10 +266,18 @@ class Session:
         Args:
             budget: bytes of the budget it was made for, where that is another.
         """
+        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+        try:
+            self._replace(plan, groups)
+        except BaseException:
+            # Half of it may be done: the next use begins anew with the plan that is noted.
+            self.engine.torn = True
+            raise
         if budget is not None:
             self._budget = budget
             self._peak_answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
-        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+
+    def _replace(self, plan: Plan, groups: list[Group]) -> None:
         before, slab = self.plan, self.slab
         if slab is None or plan.blocks != before.blocks:
             self.engine.let_go()
@@ -268,28 +291,57 @@ class Session:
 
     def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState]) -> None:
         assert self.slab is not None
-        self.plan = plan
-        self.ledger.set("resident", plan.resident_bytes)
-        self.ledger.set("window", plan.window_bytes)
         packed = self._index.packed
         blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, packed=packed)
         self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
+        self.plan = plan
+        self.ledger.set("resident", plan.resident_bytes)
+        self.ledger.set("window", plan.window_bytes)
+
+    def refuse_written(self) -> None:
+        """Before weights move.
+
+        Raises:
+            StreamedModelError: one was written to since it came in: that would be lost.
+        """
+        for weight in self._weights:
+            if any(slot.other is not None and slot.written for slot in weight.slots):
+                raise StreamedModelError(
+                    f"weight {weight.name!r} was modified in place, and the change would be lost if it had to move: "
+                    "save the weights, pack them, and stream the model from the new file"
+                )
+
+    def _slab_in_force(self) -> Slab:
+        assert self.slab is not None
+        return self.slab
 
     def _before_pass(self) -> None:
         if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
             raise GradientError(
                 "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
-                "torch.no_grad(); to train inside a budget use nb.train_step(model, loss_fn, optimizer, budget=...)"
+                "torch.no_grad(). Training inside a budget (nb.train_step) is not built yet: train the plain model"
             )
         if any(norm.training for norm in self._norms):
             raise StreamedModelError(
                 "the model is in training mode, and its normalisation layers would write running statistics into "
-                "streamed weights: call model.eval(); to train inside a budget use nb.train_step"
+                "streamed weights: call model.eval()"
             )
         self._check_files()
+        memory = process_memory()
+        self._foreign = max(memory.rss - self.baseline - self.ledger.total - _OURS_AT_REST, 0)
+        # Where the process was larger once before, the kernel's high-water mark tells nothing.
+        blind = memory.hwm > max(memory.rss, self.baseline + self._budget) + _NOISE and memory.hwm <= self._peak_before
+        self.engine.on_step = self._sample if blind else None
+
+    def _sample(self) -> None:
+        self._sampled_peak = max(self._sampled_peak, resident_bytes())
 
     def _readopt(self) -> None:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""
+        try:
+            self.refuse_written()
+        except StreamedModelError as error:
+            log.warning("after an interruption all weights are read anew: %s", error)
         self.engine.abandon()
         self.ledger.set("off_plan", 0)
         self._adopt(self.plan, self.prepared.workload()[1])
@@ -331,6 +383,15 @@ class Session:
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
         """The first real pass was the trace: plan by it."""
         self.prepared.trace = observed
+        taken = self.peak_bytes - self.ledger.total - sum(self.prepared.fixed_parts.values())
+        self.prepared.reserve_for(taken)
+        if self.peak_bytes > self._budget:
+            log.warning(
+                "the first pass took %s of a budget of %s: without example inputs its activations were not known",
+                format_bytes(self.peak_bytes),
+                format_bytes(self._budget),
+            )
+            self._peak_answered = self.peak_bytes
         share = record.compute / max(len(observed.events), 1)
         self.prepared.step_seconds = tuple(share for _ in observed.events)
         try:
@@ -339,6 +400,8 @@ class Session:
             # It ran, by loading on demand; without a plan it goes on doing so.
             log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
             self.prepared.trace = None
+            if isinstance(error, BudgetError):
+                self.plan = replace(self.plan, minimum=error.minimum, limiter=error.limiter)
             return
         self.put_in_force(plan, groups)
 
@@ -353,7 +416,9 @@ class Session:
         self.plan = replace(
             retime(before, prepared.workload()[0], self.machine), minimum=before.minimum, limiter=before.limiter
         )
-        if any(s.other is not None and s.written for w in self._weights for s in w.slots):
+        try:
+            self.refuse_written()
+        except StreamedModelError:
             return
         over = self._correct_reserve()
         if not over and not self.plan.streamed:
@@ -376,7 +441,7 @@ class Session:
             prepared.correct(over)
             self._peak_answered = self.peak_bytes
             log.warning(
-                "a pass took %s more than the budget; the plan gives that much back from the weights",
+                "the process took %s more than the budget in a pass; the plan gives that much back from the weights",
                 format_bytes(over),
             )
             return True
@@ -393,7 +458,8 @@ class Session:
         """Bytes by which a pass went over the budget, or over the peak that was last answered by a new plan."""
         if len(_open_sessions) != 1:
             return 0
-        over = self.peak_bytes - max(self._budget, self._peak_answered)
+        # What lay beside the weights before the pass began is the program's own: results it keeps, other models.
+        over = self.peak_bytes - max(self._budget, self._peak_answered) - self._foreign
         return over if over > min(self._budget // 100, _NOISE) else 0
 
     def _close_files(self) -> None:
@@ -419,8 +485,9 @@ def _after_fork() -> None:
     for session in list(_open_sessions):
         session.engine.closed = (
             "this process was forked from the one that streams the model, and its reader did not come along: "
-            "stream the model again here, or start workers with the 'spawn' method"
+            "start workers with the 'spawn' method, and stream the model in them"
         )
+        session.reader.forget_threads()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -27,6 +27,11 @@ class StorageChoice:
     depth: int = 2
     bandwidth: float | None = None
 
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the readers' aligned buffers, if every one of them is in use."""
+        return self.depth * (self.chunk + 2 * 4096)
+
 
 def _path(device: int) -> Path:
     return cache_folder() / f"storage-{device}.json"

@@ -43,6 +43,9 @@ class UseTrace:
         holds: ``(weight, first step, last step)`` where a view outlives the step it was made in.
         flops: floating-point operations of each step (0 where unknown).
         traffic: bytes read and written by the operators of each step.
+        peaks: most bytes of intermediate tensors and workspaces alive at once in each step (0 where nothing is made).
+        largest: bytes of the largest tensor made in each step.
+        looked_up: indices that embedding operators are given in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
             what an allocator policy that gives memory back has to fault in again.
@@ -55,6 +58,9 @@ class UseTrace:
     holds: list[tuple[int, int, int]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     traffic: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    largest: list[int] = field(default_factory=list)
+    looked_up: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
@@ -66,6 +72,8 @@ class UseTrace:
         self.uses.append([])
         self.flops.append(0.0)
         self.traffic.append(0.0)
+        for counts in (self.peaks, self.largest, self.looked_up):
+            counts.append(0)
 
     def use(self, weight: int) -> None:
         """Note that the current step touches ``weight``."""
@@ -146,9 +154,16 @@ class _Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
         self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
+        self._reach(self.alive)
+        if self.trace.largest:
+            self.trace.largest[-1] = max(self.trace.largest[-1], nbytes)
         self._take(nbytes)
         weakref.finalize(storage, self._freed, nbytes)
+
+    def _reach(self, nbytes: int) -> None:
+        self.peak = max(self.peak, nbytes)
+        if self.trace.peaks:
+            self.trace.peaks[-1] = max(self.trace.peaks[-1], nbytes)
 
     def _take(self, nbytes: int) -> None:
         if nbytes >= 64 << 10:
@@ -178,9 +193,11 @@ class _Recorder(TorchDispatchMode):
         moved = sum(_nbytes(t) for t in inputs) + sum(_nbytes(t) for t in outputs)
         if not getattr(func, "is_view", False):
             self.trace.traffic[step] += moved
+        if "embedding" in func._schema.name and len(inputs) > 1:
+            self.trace.looked_up[step] += inputs[1].numel()
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self.peak = max(self.peak, self.alive + moved)
+            self._reach(self.alive + moved)
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
 

@@ -18,6 +18,7 @@ from narrowboat.plan.result import Plan
 from narrowboat.profile.warmup import warm_up
 from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
+from narrowboat.stream.tiling import fit
 from narrowboat.trace import Trace
 
 _SAMPLE = 32 << 20  # bytes read to measure the storage
@@ -84,10 +85,10 @@ def foresee(
     warm_up()
     prepared = prepare(model, weights, example, strict=strict)
     measured = None
-    if bandwidth is None:
-        prepared.check(budget)  # what cannot hold is refused before anything is read
-        measured = read_bandwidth(prepared.index, prepared.storage)
     prepared.scheme = scheme
+    prepared = fit(prepared, budget)  # what cannot hold is refused before anything is read
+    if bandwidth is None:
+        measured = read_bandwidth(prepared.index, prepared.storage)
     plan, _ = prepared.choose(Machine(bandwidth=bandwidth or measured or 1e9), budget, thorough=True)
     return Forecast(plan, prepared, measured is not None)
 

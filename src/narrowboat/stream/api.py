@@ -25,6 +25,7 @@ from narrowboat.quantities import parse_bytes
 from narrowboat.stream.auto import follow_limits, initial_budget
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
+from narrowboat.stream.tiling import fit
 
 _SESSION = "_narrowboat_session"
 _IO = ("auto", "direct", "buffered")
@@ -111,7 +112,7 @@ def stream(
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
         prepared.scheme = scheme
-        prepared.check(nbytes)
+        prepared = fit(prepared, nbytes)
         made = Session(
             prepared,
             budget=nbytes,

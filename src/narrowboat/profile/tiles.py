@@ -10,14 +10,13 @@ A table (``nn.Embedding``, ``nn.EmbeddingBag``) is not cut: the rows asked for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import lcm
 from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from narrowboat.arena.slot import Weight
@@ -25,30 +24,26 @@ from narrowboat.checkpoint import TensorEntry
 from narrowboat.profile.rows import RowSource, bag_forward, embedding_forward
 from narrowboat.profile.skeleton import TILES, Matched
 from narrowboat.profile.slices import row_slices
+from narrowboat.profile.tiled_forward import CONVOLUTIONS, CUT, Cut, Tile, convolution_forward, linear_forward
 from narrowboat.profile.use_trace import ENTER, UseTrace
 
 SMALLEST = 1 << 20  # weights up to here are left whole: more reads and calls would cost more than they free
-_SLICES = "_narrowboat_slices"
-_CONVOLUTIONS: dict[type[nn.Module], Callable[..., torch.Tensor]] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-}
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class TiledLayer:
-    """One layer whose weight is too large.
+    """One layer whose weight, or whose workspace, is too large.
 
     Attributes:
         name: the layer.
         kind: its class.
         number: its module number.
         first: the module number of its first tile.
-        whole: the number of the weight that is too large.
-        tiles: the numbers of the weights that stand for it, in order; none for a table.
+        whole: the number of its weight.
+        tiles: the numbers of the weights that stand for it, in order; none for a table, or if it is left whole.
         slices: the rows ``(start, stop)`` of each tile.
+        strips: pieces in which a convolution makes the rows of its output.
     """
 
     name: str
@@ -58,6 +53,12 @@ class TiledLayer:
     whole: int
     tiles: tuple[int, ...] = ()
     slices: tuple[tuple[int, int], ...] = ()
+    strips: int = 1
+
+    @property
+    def table(self) -> bool:
+        """Whether rows of it are read on demand."""
+        return self.kind in _TABLES
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,6 @@ class Tiling:
                 layer = by_number[number]
                 after.update({layer.first + i: [tile] for i, tile in enumerate(layer.tiles)})
         return after
-
-
-def is_convolution(kind: type[nn.Module]) -> bool:
-    """Whether a layer's class is one of the convolutions that can be tiled."""
-    return kind in _CONVOLUTIONS
-
-
-class Tile(nn.Module):
-    """Some rows of a layer's weight."""
-
-    def __init__(self, entry: TensorEntry, requires_grad: bool) -> None:
-        super().__init__()
-        empty = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        self.weight = nn.Parameter(empty, requires_grad=requires_grad)
-
-    def forward(self, compute: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-        """``compute(rows, *args)``, in a step of its own."""
-        return compute(self.weight, *args)
 
 
 Owner = tuple[int, str, nn.Module]  # module number, name, module
@@ -152,18 +135,26 @@ def _can_tile(child: nn.Module, entry: TensorEntry) -> bool:
         size = entry.dtype.itemsize
         # A limit on norms is kept by writing to the table.
         return child.max_norm is None and size <= 8 and entry.offset % size == 0
-    return type(child) is nn.Linear or type(child) in _CONVOLUTIONS
+    return type(child) is nn.Linear or type(child) in CONVOLUTIONS
 
 
-def plan_tiles(module: nn.Module, matched: Matched, candidates: dict[int, list[Owner]], limit: int) -> Tiling | None:
-    """Cut every candidate of more than ``limit`` bytes; None if there is none.
+def plan_tiles(
+    module: nn.Module,
+    matched: Matched,
+    candidates: dict[int, list[Owner]],
+    limit: int,
+    strips: Mapping[int, int] | None = None,
+) -> Tiling | None:
+    """Cut every candidate of more than ``limit`` bytes; None if there is nothing to cut.
 
     Args:
         module: the skeleton.
         matched: its weights.
         candidates: what ``tileable`` found.
         limit: bytes.
+        strips: by number of a convolution, in how many pieces to make its output.
     """
+    strips = dict(strips or {})
     weights = list(matched.weights)
     layers: list[TiledLayer] = []
     number = sum(1 for _ in module.named_modules())
@@ -185,7 +176,11 @@ def plan_tiles(module: nn.Module, matched: Matched, candidates: dict[int, list[O
         weights[w] = Weight(w, whole.name, entry, f"in {len(tiles)} tiles" if tiles else "on the rows asked for")
         for at, name, child in owners:
             own = () if type(child) in _TABLES else tiles
-            layers.append(TiledLayer(name, type(child), at, 0, w, own, slices if own else ()))
+            pieces = strips.pop(at, 1)
+            layers.append(TiledLayer(name, type(child), at, 0, w, own, slices if own else (), pieces))
+    for at, (name, child) in enumerate(module.named_modules()):
+        if at in strips:
+            layers.append(TiledLayer(name, type(child), at, 0, matched.numbers[id(child.weight)], strips=strips[at]))
     numbered = []
     for layer in sorted(layers, key=lambda layer: layer.number):
         numbered.append(replace(layer, first=number))
@@ -196,7 +191,7 @@ def plan_tiles(module: nn.Module, matched: Matched, candidates: dict[int, list[O
 def _rows_of_a_group(child: nn.Module) -> int:
     """Output rows that only go together: those of one group of a grouped convolution."""
     layer: Any = child
-    return layer.out_channels // layer.groups if type(child) in _CONVOLUTIONS and layer.groups > 1 else 1
+    return layer.out_channels // layer.groups if type(child) in CONVOLUTIONS and layer.groups > 1 else 1
 
 
 def _piece(whole: Weight, rows: tuple[int, int]) -> tuple[str, TensorEntry]:
@@ -220,15 +215,15 @@ def install(module: nn.Module, tiling: Tiling, numbers: dict[int, int], rows: Ro
     for layer in tiling.layers:
         child = modules[layer.number]
         forward: Callable[..., torch.Tensor]
-        if layer.kind in _TABLES:
+        if layer.table:
             child.__dict__["_narrowboat_rows"] = (rows, tiling.weights[layer.whole])
             forward = embedding_forward if layer.kind is nn.Embedding else bag_forward
         else:
             flag = child.weight.requires_grad
             tiles = [Tile(tiling.weights[t].entry, flag) for t in layer.tiles]
             numbers.update({id(tile.weight): t for tile, t in zip(tiles, layer.tiles, strict=True)})
-            child.__dict__[TILES], child.__dict__[_SLICES] = tiles, layer.slices
-            forward = _linear_forward if layer.kind is nn.Linear else _convolution_forward
+            child.__dict__[TILES], child.__dict__[CUT] = tiles, Cut(layer.slices, layer.strips)
+            forward = linear_forward if layer.kind is nn.Linear else convolution_forward
         child.__dict__["forward"] = MethodType(forward, child)
 
 
@@ -236,61 +231,5 @@ def uninstall(module: nn.Module, tiling: Tiling) -> None:
     """Undo ``install``; wrappers put on since have to be off again."""
     modules = [child for _, child in module.named_modules()]
     for layer in tiling.layers:
-        for key in (TILES, _SLICES, "_narrowboat_rows", "forward"):
+        for key in (TILES, CUT, "_narrowboat_rows", "forward"):
             modules[layer.number].__dict__.pop(key, None)
-
-
-def _linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    def some(weight: torch.Tensor, start: int, stop: int, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(input, weight, bias)
-
-    return _over_tiles(self, some, self.out_features, -1)
-
-
-def _convolution_forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-    convolve = _CONVOLUTIONS[type(self)]
-    spatial = len(self.kernel_size)
-    padding = self.padding
-    if self.padding_mode != "zeros":
-        input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        padding = (0,) * spatial
-    into, out_of = self.in_channels // self.groups, self.out_channels // self.groups  # channels of one group
-
-    def some(weight: torch.Tensor, start: int, stop: int, bias: torch.Tensor | None) -> torch.Tensor:
-        part, groups = input, self.groups
-        if groups > 1:
-            first, last = start // out_of, stop // out_of
-            part, groups = input.narrow(-spatial - 1, first * into, (last - first) * into), last - first
-        return convolve(part, weight, bias, self.stride, padding, self.dilation, groups)
-
-    return _over_tiles(self, some, self.out_channels, -spatial - 1)
-
-
-def _over_tiles(self: Any, some: Callable[..., torch.Tensor], size: int, dim: int) -> torch.Tensor:
-    """Compute tile after tile into its place of the output, of ``size`` along ``dim``.
-
-    One tile's result at a time exists beside the output: ``torch.cat`` would hold everything twice.
-    """
-    # A copy, so that the bias itself is in use for this step only, and not through all the tiles.
-    bias = None if self.bias is None else self.bias.clone()
-    tiles: Sequence[Tile] = self.__dict__[TILES]
-    out: torch.Tensor | None = None
-    for tile, (start, stop) in zip(tiles, self.__dict__[_SLICES], strict=True):
-        part = tile(some, start, stop, None if bias is None else bias[start:stop])
-        if out is None:
-            out = _empty_like_part(part, size, dim)
-        out.narrow(dim, start, stop - start).copy_(part)
-        del part
-    assert out is not None
-    return out
-
-
-def _empty_like_part(part: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    shape = list(part.shape)
-    shape[dim] = size
-    form = torch.contiguous_format
-    if not part.is_contiguous():
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(part.dim())
-        if last is not None and part.is_contiguous(memory_format=last):
-            form = last
-    return torch.empty(shape, dtype=part.dtype, memory_format=form)

@@ -102,6 +102,7 @@ def load_trace(key: str) -> UseTrace | None:
             peaks=[int(p) for p in kept["peaks"]],
             largest=[int(n) for n in kept["largest"]],
             looked_up=[int(n) for n in kept["looked_up"]],
+            rows=[int(n) for n in kept["rows"]],
             activation_bytes=int(kept["activation_bytes"]),
             taken=(int(kept["taken"][0]), int(kept["taken"][1])),
             written=set(kept["written"]),

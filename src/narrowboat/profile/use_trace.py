@@ -46,6 +46,7 @@ class UseTrace:
         peaks: most bytes of intermediate tensors and workspaces alive at once in each step (0 where nothing is made).
         largest: bytes of the largest tensor made in each step.
         looked_up: indices that embedding operators are given in each step.
+        rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
             what an allocator policy that gives memory back has to fault in again.
@@ -61,6 +62,7 @@ class UseTrace:
     peaks: list[int] = field(default_factory=list)
     largest: list[int] = field(default_factory=list)
     looked_up: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
@@ -72,7 +74,7 @@ class UseTrace:
         self.uses.append([])
         self.flops.append(0.0)
         self.traffic.append(0.0)
-        for counts in (self.peaks, self.largest, self.looked_up):
+        for counts in (self.peaks, self.largest, self.looked_up, self.rows):
             counts.append(0)
 
     def use(self, weight: int) -> None:
@@ -198,6 +200,7 @@ class _Recorder(TorchDispatchMode):
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
             self._reach(self.alive + moved)
+            self.trace.rows[step] = outputs[0].shape[2]
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
 

@@ -131,8 +131,9 @@ class Prepared:
 
     @property
     def tiled(self) -> tuple[tuple[str, int], ...]:
-        """The tiled layers by name, each with its number of tiles; 0 for a table whose rows are read on demand."""
-        return tuple((layer.name, len(layer.tiles)) for layer in self.tiling.layers) if self.tiling else ()
+        """The layers cut, by name, each with its number of pieces; 0 for a table whose rows are read on demand."""
+        layers = self.tiling.layers if self.tiling else ()
+        return tuple((layer.name, 0 if layer.table else max(len(layer.tiles), 1) * layer.strips) for layer in layers)
 
     @property
     def _policies(self) -> tuple[MallocPolicy, ...]:

@@ -12,14 +12,15 @@ from narrowboat.plan.model import Machine
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.skeleton import Matched
-from narrowboat.profile.tiled_trace import expand
-from narrowboat.profile.tiles import SMALLEST, plan_tiles, tileable
+from narrowboat.profile.tiled_trace import expand, plan_strips
+from narrowboat.profile.tiles import SMALLEST, Owner, Tiling, plan_tiles, tileable
 from narrowboat.stream.prepare import Prepared
 
 _ANY = 1 << 62  # a budget that holds anything
 _PAGE = 4096
-_PER_TILE = 6 << 10  # bytes of the module, its dictionaries and its wrapper, on top of what every weight takes
+_PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
 _TRIED = 3  # sizes that are compared by predicted latency
+_PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that strips are made for
 _BANDWIDTH = 1e9  # bytes per second, to compare sizes by; the storage has not been measured yet
 
 
@@ -31,20 +32,42 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
     Raises:
         BudgetError: no tiling fits; carries that minimum.
     """
-    tilings = _tilings(prepared)
-    floors = [tiled.check(_ANY) for tiled in tilings]
-    whole = prepared.check(_ANY)
-    least = min([whole, *floors], key=lambda floor: floor[0])
-    for candidate in (prepared, *tilings):
-        candidate.least = least
-    if budget >= whole[0]:
+    candidates = tileable(prepared.module, prepared.matched, prepared.trace)
+    levels = _strip_levels(prepared)
+    # The most strips hold the fewest activations; that is where the smallest budget is.
+    smallest = _ladder(prepared, candidates, levels[-1])
+    if budget >= (whole := prepared.check(_ANY))[0]:
+        prepared.least = min([whole, *(tiled.check(_ANY) for tiled in smallest)], key=lambda floor: floor[0])
         return prepared
-    if budget < least[0]:
-        min((prepared, *tilings), key=lambda p: p.check(_ANY)[0]).check(budget)  # raises
-    fitting = [tiled for tiled, floor in zip(tilings, floors, strict=True) if floor[0] <= budget]
-    # Room for two tiles: one is read while the other computes.
-    overlapping = [t for t in fitting if t.check(_ANY)[0] + (t.tiling.largest if t.tiling else 0) <= budget]
-    return _quickest((overlapping or fitting)[:_TRIED], budget)
+    lowest = min([prepared, *smallest], key=lambda tiled: tiled.check(_ANY)[0])
+    least = lowest.check(budget)  # raises if not even that one fits
+    for strips in levels:
+        tilings = smallest if strips is levels[-1] else _ladder(prepared, candidates, strips)
+        fitting = [tiled for tiled in tilings if tiled.check(_ANY)[0] <= budget]
+        # Room for two tiles: one is read while the other computes.
+        roomy = [t for t in fitting if t.tiling is not None and t.check(_ANY)[0] + t.tiling.largest <= budget]
+        if fitting:
+            best = _quickest((roomy or fitting)[:_TRIED], budget)
+            best.least = least
+            return best
+    raise AssertionError("the lowest is among them")
+
+
+def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:
+    """Strips for convolutions whose workspaces set the peak: none first, then for lower and lower peaks."""
+    levels: list[dict[int, int]] = [{}]
+    trace = prepared.trace
+    if trace is None:
+        return levels
+    lowest = trace.activation_bytes
+    for share in _PEAKS:
+        strips = plan_strips(prepared.module, trace, int(trace.activation_bytes * share))
+        tiling = plan_tiles(prepared.module, prepared.matched, {}, _ANY, strips)
+        peak = expand(trace, tiling, prepared.module).activation_bytes if tiling is not None else lowest
+        if peak < lowest * 0.97:  # other operators may set the peak as well
+            lowest = peak
+            levels.append(strips)
+    return levels
 
 
 def _quickest(candidates: list[Prepared], budget: int) -> Prepared:
@@ -59,37 +82,43 @@ def _quickest(candidates: list[Prepared], budget: int) -> Prepared:
     return best[1] if best is not None else candidates[0]
 
 
-def _tilings(prepared: Prepared) -> list[Prepared]:
-    """The model tiled to each size worth trying, the largest first."""
-    candidates = tileable(prepared.module, prepared.matched, prepared.trace)
+def _ladder(prepared: Prepared, candidates: dict[int, list[Owner]], strips: dict[int, int]) -> list[Prepared]:
+    """The model with these strips, tiled to each size worth trying, the largest first."""
     largest = max((prepared.weights[w].entry.nbytes for w in candidates), default=0)
-    tilings = []
     limit = SMALLEST
     while limit < largest:
-        tiling = plan_tiles(prepared.module, prepared.matched, candidates, limit)
         limit *= 2
+    tilings: list[Prepared] = []
+    worse = 0
+    while limit >= SMALLEST and worse < 2:  # ever more tiles take ever more memory themselves
+        tiling = plan_tiles(prepared.module, prepared.matched, candidates, limit, strips)
+        limit //= 2
         if tiling is None:
             continue
-        trace = expand(prepared.trace, tiling) if prepared.trace is not None else None
-        parts = dict(prepared.fixed_parts)
-        tiles = [tiling.weights[t].entry for layer in tiling.layers for t in layer.tiles]
-        parts["bookkeeping"] += len(tiles) * _PER_TILE + (len(tiling.weights) - len(prepared.weights)) * _PER_TILE
-        if trace is None:  # else what lookups take is in the peak of the pass
-            tables = [layer.kind for layer in tiling.layers if not layer.tiles]
-            parts["lookups"] = gather_bytes(tables[0], 0, 0) if tables else 0
-        if any(tile.offset % _PAGE for tile in tiles):
-            parts["staging"] = prepared.storage.staging_bytes
-        tilings.append(
-            replace(
-                prepared,
-                matched=Matched(list(tiling.weights), dict(prepared.matched.numbers)),
-                trace=trace,
-                fixed_parts=parts,
-                owned=tiling.owned(prepared.owned),
-                step_seconds=estimate_steps(trace) if trace is not None else (),
-                tiling=tiling,
-                corrections=dict(prepared.corrections),
-                _groups=None,
-            )
-        )
-    return tilings[::-1]
+        tilings.append(_tiled(prepared, tiling))
+        floors = [tiled.check(_ANY)[0] for tiled in tilings]
+        worse = worse + 1 if floors[-1] > min(floors) else 0
+    return tilings
+
+
+def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:
+    trace = expand(prepared.trace, tiling, prepared.module) if prepared.trace is not None else None
+    parts = dict(prepared.fixed_parts)
+    tiles = [tiling.weights[t].entry for t in range(len(prepared.weights), len(tiling.weights))]
+    parts["bookkeeping"] += len(tiles) * _PER_TILE
+    if trace is None:  # else what lookups take is in the peak of the pass
+        tables = [layer.kind for layer in tiling.layers if layer.table]
+        parts["lookups"] = gather_bytes(tables[0], 0, 0) if tables else 0
+    if any(tile.offset % _PAGE for tile in tiles):
+        parts["staging"] = prepared.storage.staging_bytes
+    return replace(
+        prepared,
+        matched=Matched(list(tiling.weights), dict(prepared.matched.numbers)),
+        trace=trace,
+        fixed_parts=parts,
+        owned=tiling.owned(prepared.owned),
+        step_seconds=estimate_steps(trace) if trace is not None else (),
+        tiling=tiling,
+        corrections=dict(prepared.corrections),
+        _groups=None,
+    )

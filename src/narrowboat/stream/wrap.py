@@ -17,7 +17,7 @@ from torch import nn
 
 from narrowboat.errors import StreamedModelError
 from narrowboat.profile.skeleton import streamed_modules
-from narrowboat.profile.tiles import Tile
+from narrowboat.profile.tiled_forward import Tile
 from narrowboat.profile.use_trace import announces
 from narrowboat.stream.engine import Engine
 

@@ -47,7 +47,7 @@ def minimum_budget(workload: Workload) -> tuple[int, str]:
     return window + workload.fixed_bytes, limiter
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _least_window(blocks: tuple[Block, ...]) -> int:
     """Smallest window in which all blocks can be laid; at worst that of keeping every block."""
     lower, _ = peak_held(blocks)

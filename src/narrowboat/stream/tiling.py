@@ -5,7 +5,7 @@ Everything here is arithmetic on the trace: no weight is read and the module is 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from narrowboat.errors import BudgetError
 from narrowboat.plan.model import Machine
@@ -24,6 +24,16 @@ _PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that stri
 _BANDWIDTH = 1e9  # bytes per second, to compare sizes by; the storage has not been measured yet
 
 
+@dataclass(frozen=True)
+class _Rung:
+    """One way to cut the model: sizes only, so that ways not taken leave nothing in memory."""
+
+    limit: int
+    strips: dict[int, int]
+    floor: tuple[int, str]
+    largest: int
+
+
 def fit(prepared: Prepared, budget: int) -> Prepared:
     """What to stream within ``budget`` bytes: ``prepared`` itself if it fits, else the same model tiled.
 
@@ -34,22 +44,24 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
     """
     candidates = tileable(prepared.module, prepared.matched, prepared.trace)
     levels = _strip_levels(prepared)
+    whole = prepared.check(_ANY)
     # The most strips hold the fewest activations; that is where the smallest budget is.
     smallest = _ladder(prepared, candidates, levels[-1])
-    if budget >= (whole := prepared.check(_ANY))[0]:
-        prepared.least = min([whole, *(tiled.check(_ANY) for tiled in smallest)], key=lambda floor: floor[0])
+    lowest = min(smallest, key=lambda rung: rung.floor[0], default=None)
+    prepared.least = whole if lowest is None or whole[0] <= lowest.floor[0] else lowest.floor
+    if budget >= whole[0]:
         return prepared
-    lowest = min([prepared, *smallest], key=lambda tiled: tiled.check(_ANY)[0])
-    least = lowest.check(budget)  # raises if not even that one fits
+    if lowest is None or budget < prepared.least[0]:
+        (_cut(prepared, candidates, lowest) if lowest and prepared.least != whole else prepared).check(
+            budget
+        )  # raises
     for strips in levels:
-        tilings = smallest if strips is levels[-1] else _ladder(prepared, candidates, strips)
-        fitting = [tiled for tiled in tilings if tiled.check(_ANY)[0] <= budget]
+        rungs = smallest if strips is levels[-1] else _ladder(prepared, candidates, strips)
+        fitting = [rung for rung in rungs if rung.floor[0] <= budget]
         # Room for two tiles: one is read while the other computes.
-        roomy = [t for t in fitting if t.tiling is not None and t.check(_ANY)[0] + t.tiling.largest <= budget]
+        roomy = [rung for rung in fitting if rung.floor[0] + rung.largest <= budget]
         if fitting:
-            best = _quickest((roomy or fitting)[:_TRIED], budget)
-            best.least = least
-            return best
+            return _quickest(prepared, candidates, (roomy or fitting)[:_TRIED], budget)
     raise AssertionError("the lowest is among them")
 
 
@@ -70,35 +82,42 @@ def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:
     return levels
 
 
-def _quickest(candidates: list[Prepared], budget: int) -> Prepared:
+def _quickest(prepared: Prepared, candidates: dict[int, list[Owner]], rungs: list[_Rung], budget: int) -> Prepared:
     best: tuple[float, Prepared] | None = None
-    for tiled in candidates:
+    for rung in rungs:
+        tiled = _cut(prepared, candidates, rung)
         try:
             seconds = tiled.choose(Machine(bandwidth=_BANDWIDTH), budget)[0].predicted_latency
         except BudgetError:  # a scheme other than the best may need more
-            continue
+            seconds = float("inf")
         if best is None or seconds < best[0] * 0.99:
             best = seconds, tiled
-    return best[1] if best is not None else candidates[0]
+    assert best is not None
+    return best[1]
 
 
-def _ladder(prepared: Prepared, candidates: dict[int, list[Owner]], strips: dict[int, int]) -> list[Prepared]:
-    """The model with these strips, tiled to each size worth trying, the largest first."""
+def _ladder(prepared: Prepared, candidates: dict[int, list[Owner]], strips: dict[int, int]) -> list[_Rung]:
+    """The sizes of tile worth trying with these strips, the largest first."""
     largest = max((prepared.weights[w].entry.nbytes for w in candidates), default=0)
     limit = SMALLEST
     while limit < largest:
         limit *= 2
-    tilings: list[Prepared] = []
-    worse = 0
-    while limit >= SMALLEST and worse < 2:  # ever more tiles take ever more memory themselves
+    rungs: list[_Rung] = []
+    while limit >= SMALLEST:
         tiling = plan_tiles(prepared.module, prepared.matched, candidates, limit, strips)
+        if tiling is not None:
+            floor = _tiled(prepared, tiling).check(_ANY)
+            rungs.append(_Rung(limit, strips, floor, tiling.largest))
+            if floor[0] > min(rung.floor[0] for rung in rungs):
+                break  # ever more tiles take more memory themselves than they free
         limit //= 2
-        if tiling is None:
-            continue
-        tilings.append(_tiled(prepared, tiling))
-        floors = [tiled.check(_ANY)[0] for tiled in tilings]
-        worse = worse + 1 if floors[-1] > min(floors) else 0
-    return tilings
+    return rungs
+
+
+def _cut(prepared: Prepared, candidates: dict[int, list[Owner]], rung: _Rung) -> Prepared:
+    tiling = plan_tiles(prepared.module, prepared.matched, candidates, rung.limit, rung.strips)
+    assert tiling is not None
+    return _tiled(prepared, tiling)
 
 
 def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:

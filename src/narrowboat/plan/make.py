@@ -74,7 +74,7 @@ def make_plan(
         UsageError: no such scheme.
     """
     least = check_budget(workload, budget)
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE  # a place off the page grid would cost a copy per read
     if scheme != "best":
         return _by_scheme(workload, machine, budget, least, scheme)
     bound = latency_bound(workload, machine, room)
@@ -118,7 +118,7 @@ def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidat
 def _by_scheme(workload: Workload, machine: Machine, budget: int, least: tuple[int, str], scheme: str) -> Plan:
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE
     decided = SCHEMES[scheme](workload, machine, room)
     if decided is None:
         raise BudgetError(

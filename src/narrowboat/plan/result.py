@@ -28,7 +28,8 @@ class Plan:
         machine: the storage the prediction rests on.
         lower_bound: seconds that no plan within the budget can beat (``plan.bound``).
         scheme: how it was made: ``"best"``, or one of ``plan.schemes``.
-        tiled: layers too large to be in as a whole, each with its number of tiles; 0 for a table read by rows.
+        tiled: layers too large to be in as a whole, each with its number of tiles or strips; 0 for a table whose
+            rows are read on demand.
     """
 
     budget: int

@@ -350,7 +350,7 @@ class Session:
 
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
         """The first real pass was the trace: plan by it."""
-        self.prepared.trace = observed
+        self.prepared.trace, self.prepared.least = observed, None  # it was a guess
         share = record.compute / max(len(observed.events), 1)
         self.prepared.step_seconds = tuple(share for _ in observed.events)
         try:

@@ -162,19 +162,11 @@ class Words(nn.Module):
         return self.head(self.norm(self.words(indices)))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("tied", "packed"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("traced", [True, False])
 def test_an_embedding_and_its_head(kit: Kit, tied: bool, packed: bool, traced: bool) -> None:
-    if tied and not packed:
-        plain = Words(tied)
-        path = kit.folder / "tied.safetensors"
-        state = plain.state_dict()
-        del state["head.weight"]
-        save_file(state, path)
-        nb.pack(plain.state_dict(), kit.folder / "unused.safetensors")
     indices = torch.tensor([[0, 1, 8999, 17, 17], [4000, 4001, 4002, 0, 5]])
-    model = check(kit, lambda: Words(tied), indices, packed=packed or tied, traced=traced)
+    model = check(kit, lambda: Words(tied), indices, packed=packed, traced=traced)
     assert nb.session(model).stats()["tiled_layers"].keys() == {"words", "head"}
     if tied:
         assert model.head.weight is model.words.weight
@@ -216,7 +208,7 @@ def test_a_lookup_in_a_table_larger_than_the_budget_reads_the_pages_of_its_rows(
         for _ in range(3):
             assert torch.equal(model(indices), plain(indices))
     stats = nb.session(model).stats()
-    assert stats["bytes_read"] == [4 * 4096] * 3 or all(0 < n <= 8 * 4096 for n in stats["bytes_read"])
+    assert all(0 < nbytes <= 5 * 2 * 4096 for nbytes in stats["bytes_read"])  # five places, each on two pages at most
     assert stats["copied_bytes"] == 0
 
 
@@ -292,10 +284,11 @@ def test_a_budget_that_holds_the_layer_leaves_it_whole(kit: Kit) -> None:
         session = nb.session(model)
         assert bool(session.stats()["tiled_layers"]) is tiled
         assert session.min_budget == least
-        assert ("5 tiles" in str(session.plan) or "tiles" in str(session.plan)) is tiled
+        assert ("layer in" in str(session.plan) and "tiles" in str(session.plan)) is tiled
 
 
-def test_tiles_are_as_large_as_leaves_room_for_two(kit: Kit) -> None:
+def test_tiles_are_as_large_as_leaves_room_for_two(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.stream.tiling._TRIED", 1)  # else the measured speed of this machine has a say
     path, x = kit.at_rest(linear()()), torch.randn(1, 512)
     small = nb.session(kit.stream(linear(), path, (x,))).stats()["tiled_layers"]["0"]
     large = nb.session(kit.stream(linear(), path, (x,), more=3 * MIB)).stats()["tiled_layers"]["0"]
@@ -363,7 +356,7 @@ def test_strips_bring_a_convolution_below_its_workspace(kit: Kit) -> None:
     model = check(kit, factory, x)
     session = nb.session(model)
     assert session.min_budget < whole.check(1 << 40)[0] - 10 * MIB
-    assert session.plan.fixed_parts[-1] and "2" in session.stats()["tiled_layers"]
+    assert "2" in session.stats()["tiled_layers"]
 
 
 PROOF = """

@@ -74,6 +74,10 @@ class StreamedModelError(NarrowboatError):
     """An operation that a streamed model cannot do, with what to do instead."""
 
 
+class TiledWeightError(StreamedModelError):
+    """An operator asked for the whole of a weight that is larger than the budget and computed in tiles."""
+
+
 class GradientError(StreamedModelError):
     """A streamed model was asked for gradients."""
 

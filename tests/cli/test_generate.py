@@ -34,7 +34,7 @@ def test_text_and_its_cost_are_those_of_plain_transformers(narrowboat: Any, fold
     assert told["text"] == words.decode(want, skip_special_tokens=True)
     assert told["prompt_tokens"] == ids.shape[1]
     assert told["tokens_per_s"] > 0
-    assert told["peak_bytes"] > 0
+    assert told["peak_bytes"] <= told["budget_bytes"]
     assert told["min_budget_bytes"] < told["budget_bytes"] == 40 << 20
 
 

@@ -114,6 +114,10 @@ def _print_report(model: str, weights: Path, report: RunReport) -> None:
     }
     if left_out > 0:
         facts = {"passes": f"{left_out} in the middle are not listed", **facts}
+    if report.tiled_layers:
+        from narrowboat.plan.result import describe_tiled
+
+        facts["tiled"] = describe_tiled(tuple(report.tiled_layers.items()))
     if report.copied_bytes:
         facts["copied"] = (
             f"{format_bytes(report.copied_bytes)}, because {weights.name} is not packed (narrowboat pack)"

@@ -46,7 +46,7 @@ def minimum_budget(workload: Workload) -> tuple[int, str]:
     return window + workload.fixed_bytes, limiter
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _least_window(blocks: tuple[Block, ...]) -> int:
     """Smallest window in which all blocks can be laid; at worst that of keeping every block."""
     lower, _ = peak_held(blocks)
@@ -73,7 +73,7 @@ def make_plan(
         UsageError: no such scheme.
     """
     least = check_budget(workload, budget)
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE  # a place off the page grid would cost a copy per read
     if scheme != "best":
         return _by_scheme(workload, machine, budget, least, scheme)
     bound = latency_bound(workload, machine, room)
@@ -117,7 +117,7 @@ def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidat
 def _by_scheme(workload: Workload, machine: Machine, budget: int, least: tuple[int, str], scheme: str) -> Plan:
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE
     decided = SCHEMES[scheme](workload, machine, room)
     if decided is None:
         raise BudgetError(

@@ -20,7 +20,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.cpu import cpu_supply
 from narrowboat.machine.malloc import MallocPolicy
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -35,6 +35,7 @@ class MeasuredProfile:
         bandwidths: bytes per second of single reads beside computing, sorted; empty where not measured.
         blocks: for people: each block's name, bytes, uses, computing times and live activation bytes.
         table: rows of a ``plan.table.PlanTable``, as JSON; empty until a curve was computed.
+        least: the smallest budget with which any tiling can be streamed, bytes, and what sets it; None if unknown.
     """
 
     identity: dict[str, str]
@@ -44,6 +45,7 @@ class MeasuredProfile:
     bandwidths: list[float] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
+    least: tuple[int, str] | None = None
 
 
 def identity_of(trace_key: str, weights_digest: str) -> dict[str, str]:
@@ -103,12 +105,13 @@ def read_profile(path: Path, identity: dict[str, str]) -> MeasuredProfile:
             bandwidths=[float(b) for b in raw["bandwidths"]],
             blocks=list(raw["blocks"]),
             table=list(raw["table"]),
+            least=(int(raw["least"][0]), str(raw["least"][1])) if raw["least"] is not None else None,
         )
         if raw["format"] != FORMAT or any(not 0 <= s < 1e6 for s in [*found.step_seconds, found.contention]):
             raise ValueError("values out of range")
     except OSError as error:
         raise ProfileError(f"profile {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ProfileError(f"{path} is not a profile that this version can read: {error}") from error
     other = [name for name, value in identity.items() if found.identity.get(name) != value]
     if other:

@@ -43,12 +43,15 @@ class UseTrace:
         holds: ``(weight, first step, last step)`` where a view outlives the step it was made in.
         flops: floating-point operations of each step (0 where unknown).
         traffic: bytes read and written by the operators of each step.
+        peaks: most bytes of intermediate tensors and workspaces alive at once in each step (0 where nothing is made).
+        largest: bytes of the largest tensor made in each step.
+        looked_up: indices that embedding operators are given in each step.
+        rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
-        alive: for each step, the most bytes of intermediate tensors and workspaces alive during it.
         cache_bytes: of the activations, the key-value cache that the pass hands back.
     """
 
@@ -57,20 +60,24 @@ class UseTrace:
     holds: list[tuple[int, int, int]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     traffic: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    largest: list[int] = field(default_factory=list)
+    looked_up: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
     cache_bytes: int = 0
-    alive: list[int] = field(default_factory=list)
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
         self.events.append(event)
         self.uses.append([])
         self.flops.append(0.0)
-        self.alive.append(0)
         self.traffic.append(0.0)
+        for counts in (self.peaks, self.largest, self.looked_up, self.rows):
+            counts.append(0)
 
     def use(self, weight: int) -> None:
         """Note that the current step touches ``weight``."""
@@ -151,14 +158,16 @@ class _Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
         self.alive += nbytes
-        self._high(self.alive)
+        self._reach(self.alive)
+        if self.trace.largest:
+            self.trace.largest[-1] = max(self.trace.largest[-1], nbytes)
         self._take(nbytes)
         weakref.finalize(storage, self._freed, nbytes)
 
-    def _high(self, nbytes: int) -> None:
+    def _reach(self, nbytes: int) -> None:
         self.peak = max(self.peak, nbytes)
-        if self.trace.alive:
-            self.trace.alive[-1] = max(self.trace.alive[-1], nbytes)
+        if self.trace.peaks:
+            self.trace.peaks[-1] = max(self.trace.peaks[-1], nbytes)
 
     def _take(self, nbytes: int) -> None:
         if nbytes >= 64 << 10:
@@ -188,9 +197,12 @@ class _Recorder(TorchDispatchMode):
         moved = sum(_nbytes(t) for t in inputs) + sum(_nbytes(t) for t in outputs)
         if not getattr(func, "is_view", False):
             self.trace.traffic[step] += moved
+        if "embedding" in func._schema.name and len(inputs) > 1:
+            self.trace.looked_up[step] += inputs[1].numel()
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self._high(self.alive + moved)
+            self._reach(self.alive + moved)
+            self.trace.rows[step] = outputs[0].shape[2]
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
 

@@ -21,6 +21,7 @@ from narrowboat.profile.warmup import warm_up
 from narrowboat.report.curve import smallest_budget
 from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
+from narrowboat.stream.tiling import fit
 from narrowboat.trace import Trace
 
 _SAMPLE = 32 << 20  # bytes read to measure the storage
@@ -105,12 +106,12 @@ def foresee(
     if budget is None and target is None:
         raise UsageError("give a budget or a target latency")
     measured = None
-    if bandwidth is None:
-        prepared.check(
-            budget if budget is not None else prepared.enough()
-        )  # what cannot hold is refused before anything is read
-        measured = read_bandwidth(prepared.index, prepared.storage)
     prepared.scheme = scheme
+    # What cannot hold is refused before anything is read.
+    if budget is not None:
+        prepared = fit(prepared, budget)
+    if bandwidth is None:
+        measured = read_bandwidth(prepared.index, prepared.storage)
     contention = prepared.measured.contention if prepared.measured is not None else 0.0
     machine = Machine(bandwidth=bandwidth or measured or 1e9, contention=contention)
     if budget is None:

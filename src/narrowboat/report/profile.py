@@ -142,7 +142,7 @@ class _BusyReader:
 
 def _blocks(prepared: Prepared, idle: list[float], busy: list[float]) -> list[dict[str, Any]]:
     workload, _ = prepared.workload()
-    alive = prepared.trace.alive if prepared.trace is not None else []
+    alive = prepared.trace.peaks if prepared.trace is not None else []
     rows = []
     for block in workload.blocks:
         steps = [step for first, last in block.holds for step in range(first, last + 1)]

@@ -42,6 +42,8 @@ class RunReport:
         weight_bytes, resident_bytes, window_bytes: all weights; those that stay in; the arena the others share.
         fixed_parts: bytes the budget pays besides weights, by name.
         allocator_policy: how malloc treated freed activations.
+        tiled_layers: by layer too large to be in as a whole: in how many pieces it was computed; 0 for a table whose
+            rows were read on demand.
         copied_bytes: read bytes that needed a copy, because the file is not packed.
         output_digest: sha256 of the last output.
         difference: where the outputs differ, in words.
@@ -62,6 +64,7 @@ class RunReport:
     window_bytes: int
     fixed_parts: dict[str, int]
     allocator_policy: str
+    tiled_layers: dict[str, int]
     copied_bytes: int
     output_digest: str
     difference: str
@@ -190,6 +193,7 @@ def run_model(
         window_bytes=stats["window_bytes"],
         fixed_parts=stats["fixed_parts"],
         allocator_policy=stats["allocator_policy"],
+        tiled_layers=stats["tiled_layers"],
         copied_bytes=stats["copied_bytes"],
         output_digest=digest,
         difference=difference,

@@ -26,6 +26,7 @@ from narrowboat.stream.auto import follow_limits, initial_budget
 from narrowboat.stream.integrity import MODES
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
+from narrowboat.stream.tiling import fit
 
 _SESSION = "_narrowboat_session"
 _IO = ("auto", "direct", "buffered")
@@ -118,7 +119,7 @@ def stream(
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
         prepared.scheme = scheme
-        prepared.check(nbytes)
+        prepared = fit(prepared, nbytes)
         made = Session(
             prepared,
             budget=nbytes,

@@ -101,7 +101,7 @@ def follow_limits(session: Session, ceiling: int) -> None:
     session.following = True
     stop = threading.Event()
     weakref.finalize(session, stop.set)
-    arguments = (weakref.ref(session), Hysteresis(session.min_budget, ceiling), stop)
+    arguments = (weakref.ref(session), Hysteresis(session.prepared.check(ceiling)[0], ceiling), stop)
     threading.Thread(target=_watch, args=arguments, name="narrowboat-auto-budget", daemon=True).start()
 
 

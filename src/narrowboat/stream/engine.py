@@ -23,9 +23,10 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
-from narrowboat.errors import SessionClosedError, StreamedModelError
+from narrowboat.errors import SessionClosedError, StreamedModelError, TiledWeightError
 from narrowboat.plan.result import Plan
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
+from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState, State
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prefetch import Hold, Prefetcher
@@ -409,6 +410,7 @@ class Engine:
 
         Raises:
             SessionClosedError: nobody is left to load them.
+            TiledWeightError: one of them never is in as a whole.
         """
         with self.lock:
             if self.closed:
@@ -422,6 +424,8 @@ class Engine:
             blocks = []
             self.misses += inside
             for weight in weights:
+                if weight.tiled:
+                    raise TiledWeightError(_too_large(weight))
                 if self.observed is not None:
                     self.observed.use(weight.index)
                 block = self._block_of.get(weight.index)
@@ -457,6 +461,15 @@ class Engine:
         if resume is not None and resume - now > 2e-5:
             self._timeline.add(TimelineEvent("stall", name, now, resume))
         self._computing = (name, resume if resume is not None else now)
+
+
+def _too_large(weight: Weight) -> str:
+    return (
+        f"weight {weight.name!r} ({format_bytes(weight.entry.nbytes)}) is larger than the budget has room for, so its "
+        f"layer computes {weight.tiled}, and an operator asked for the whole of it: read it from {weight.entry.file}, "
+        "or raise the budget; if the model itself uses it outside its layer, give nb.stream() example inputs, so that "
+        "this is known beforehand"
+    )
 
 
 def _empty(slot: Slot) -> torch.Tensor:

@@ -26,13 +26,13 @@ from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.measured import MeasuredProfile, identity_of, load_profile, read_profile, save_profile
 from narrowboat.profile.memory import activation_parts, fault_seconds
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
+from narrowboat.profile.tiles import Tiling
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
 from narrowboat.profile.warmup import warm_up_tracer
 from narrowboat.profile.workload import Group, form_groups
 
 NO_EXAMPLE = "no example inputs"
-_PAGE = 4096
 # What an operator says of shapes that do not go together, on fake tensors as on real ones.
 _MISFIT = (
     "shapes cannot be multiplied",
@@ -42,7 +42,6 @@ _MISFIT = (
     "Given normalized_shape=",
     "to have the same number of channels",
 )
-_STAGING = 4 << 20  # bytes for the copies of files that are not packed
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -63,6 +62,9 @@ class Prepared:
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
+        tiling: which layers are computed in tiles; None where all are in one piece.
+        least: the smallest budget with which any tiling of the model can be streamed, and what sets it; None until
+            ``stream.tiling.fit`` has looked.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -84,6 +86,8 @@ class Prepared:
     scheme: str = "best"
     measured: MeasuredProfile | None = None
     _table: tuple[object, PlanTable] | None = field(default=None, repr=False)
+    tiling: Tiling | None = None
+    least: tuple[int, str] | None = None
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -118,10 +122,11 @@ class Prepared:
         if best is None:  # check() found one that fits; but this scheme may need more
             make_plan(self._workload(self.policy)[0], machine, budget, scheme=self.scheme)
         assert best is not None
-        return replace(best[0], minimum=least, limiter=limiter), best[1]
+        least, limiter = self.least or (least, limiter)
+        return replace(best[0], minimum=least, limiter=limiter, tiled=self.tiled), best[1]
 
     def check(self, budget: int) -> tuple[int, str]:
-        """The smallest budget under any allocator policy, and the layer that sets it.
+        """The smallest budget under any allocator policy with these tiles, and the layer that sets it.
 
         Raises:
             BudgetError: ``budget`` is below it.
@@ -198,6 +203,12 @@ class Prepared:
         return max(w.weight_bytes + w.fixed_bytes for w in workloads)
 
     @property
+    def tiled(self) -> tuple[tuple[str, int], ...]:
+        """The layers cut, by name, each with its number of pieces; 0 for a table whose rows are read on demand."""
+        layers = self.tiling.layers if self.tiling else ()
+        return tuple((layer.name, 0 if layer.table else max(len(layer.tiles), 1) * layer.strips) for layer in layers)
+
+    @property
     def _policies(self) -> tuple[MallocPolicy, ...]:
         return tuple(MallocPolicy) if self.trace is not None and allocator_name() == "glibc" else (self.policy,)
 
@@ -205,7 +216,8 @@ class Prepared:
         """Plan anew under the policy in force, from what has been measured since; searches on while it pays."""
         workload, groups = self._workload(self.policy)
         plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
-        return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
+        least = min(plan.minimum, before.minimum)
+        return replace(plan, minimum=least, limiter=before.limiter, tiled=self.tiled), groups
 
     def _workload(self, policy: MallocPolicy) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
@@ -279,9 +291,8 @@ def prepare(
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
-        # Each worker copies out of a buffer of its own: large ones would take the budget and the processor's cache.
-        storage = replace(storage, chunk=min(storage.chunk, max(_STAGING // storage.depth // _PAGE, 1) * _PAGE))
-        parts["staging"] = storage.depth * (storage.chunk + 2 * _PAGE)
+        storage = storage.for_copies()
+        parts["staging"] = storage.staging_bytes
     parts["bookkeeping"] = _PER_WEIGHT * len(matched.weights)
     return Prepared(
         module,

@@ -30,6 +30,7 @@ from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.skeleton import attach_slots
+from narrowboat.profile.tiles import install, uninstall
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes, parse_bytes
@@ -41,6 +42,7 @@ from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.rows import RowReader
 from narrowboat.stream.stats import collect
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
@@ -124,6 +126,9 @@ class Session:
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap
+            if prepared.tiling is not None:
+                rows = RowReader(self.reader, self._file_number, [stamp.size for stamp in index.stamps])
+                install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)
             attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
             self.engine.on_begin = self._before_pass
@@ -141,6 +146,8 @@ class Session:
         except BaseException:
             self.reader.close()
             self._close_files()
+            if prepared.tiling is not None:
+                uninstall(prepared.module, prepared.tiling)
             raise
         wrap_modules(prepared.module, self.engine)
         _open_sessions.add(self)
@@ -179,14 +186,14 @@ class Session:
         nbytes = parse_bytes(value, what="budget")
         if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
-        self.prepared.check(nbytes)
+        self._check(nbytes)
         if cause == "asked":
             self.following = False
         self._change.ask(nbytes, cause)
 
     @property
     def min_budget(self) -> int:
-        """The smallest budget in bytes with which this model can be streamed."""
+        """The smallest budget in bytes with which this model can be streamed: anew, if that takes other tiles."""
         return self.plan.minimum
 
     @property
@@ -315,6 +322,20 @@ class Session:
         assert self.slab is not None
         return self.slab
 
+    def _check(self, nbytes: int) -> None:
+        """Refuse a budget that the layers as they are tiled cannot do with; only streaming anew tiles others."""
+        try:
+            self.prepared.check(nbytes)
+        except BudgetError as error:
+            anew = self.plan.minimum
+            if anew >= error.minimum:
+                raise
+            raise BudgetError(
+                f"{error}; streamed anew, with layers in smaller tiles, the model can do with {format_bytes(anew)}",
+                minimum=error.minimum,
+                limiter=error.limiter,
+            ) from None
+
     def _before_pass(self) -> None:
         if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
             raise GradientError(
@@ -382,7 +403,7 @@ class Session:
 
     def _learn(self, observed: UseTrace, record: PassRecord) -> None:
         """The first real pass was the trace: plan by it."""
-        self.prepared.trace = observed
+        self.prepared.trace, self.prepared.least = observed, None  # it was a guess
         taken = self.peak_bytes - self.ledger.total - sum(self.prepared.fixed_parts.values())
         self.prepared.reserve_for(taken)
         if self.peak_bytes > self._budget:
@@ -474,6 +495,8 @@ class Session:
             for slot in weight.slots:
                 slot.release()
             weight.slots.clear()
+        if self.prepared.tiling is not None:
+            uninstall(self.prepared.module, self.prepared.tiling)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.passes} passes"

@@ -331,7 +331,7 @@ class Session:
             if anew >= error.minimum:
                 raise
             raise BudgetError(
-                f"{error}; streamed anew, with layers in smaller tiles, the model can do with {format_bytes(anew)}",
+                f"{error}; streamed anew, perhaps in smaller tiles, it could go down to {format_bytes(anew)}",
                 minimum=error.minimum,
                 limiter=error.limiter,
             ) from None

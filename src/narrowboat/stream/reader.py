@@ -209,7 +209,7 @@ class Reader:
                 while not job.done:
                     if self._closed:
                         raise StorageError("the session was closed while weights were being read")
-                    self._cond.wait(1.0)
+                    self._wait_a_while()
         if job.error is not None:
             raise job.error
 
@@ -217,7 +217,13 @@ class Reader:
         """Wait until nothing is queued or under way."""
         with self._cond:
             while (self._queue or self._active) and not self._closed:
-                self._cond.wait(1.0)
+                self._wait_a_while()
+
+    def _wait_a_while(self) -> None:
+        # An interruption between queueing and waking the workers would have both sides wait for ever.
+        if self._queue and not self._active:
+            self._cond.notify_all()
+        self._cond.wait(1.0)
 
     def busy(self) -> float:
         """``busy_seconds`` up to now."""
@@ -257,8 +263,8 @@ class Reader:
             thread = threading.Thread(
                 target=self._work, args=(worker,), name=f"narrowboat-reader-{worker}", daemon=True
             )
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _work(self, worker: int) -> None:
         staging: mmap.mmap | None = None

@@ -24,7 +24,6 @@ from narrowboat.errors import (
     UsageError,
 )
 from narrowboat.machine.malloc import set_malloc_policy, trim
-from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.machine.openmp import warn_about_openmp
 from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
@@ -38,6 +37,7 @@ from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_block
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.integrity import Integrity
+from narrowboat.stream.memory_watch import NOISE, MemoryWatch
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
@@ -50,10 +50,7 @@ from narrowboat.trace import Trace
 log = logging.getLogger("narrowboat")
 _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-_NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
 _MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
-_ROOM_AT_REST = 16  # a sixteenth of the reserve has to be free between passes
-_OURS_AT_REST = 16 << 20  # bytes beside the weights that may be ours between passes: heap, objects
 _WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
@@ -94,16 +91,13 @@ class Session:
         self._lock_memory = lock_memory
         self._pid = os.getpid()
         self.baseline = baseline
-        self._peak_before = process_memory().hwm
+        self._memory = MemoryWatch(baseline)
         self._closed = False
         self.ledger = Ledger()
         self.timeline = Trace()
         self.records: deque[PassRecord] = deque(maxlen=256)
         self.passes = 0
         self.complete_passes = 0
-        self._sampled_peak = 0
-        self._foreign = 0
-        self._peak_answered = 0
         self._change = BudgetChange(self)
         self.following = False  # budget="auto"
         self._settled = False
@@ -214,11 +208,9 @@ class Session:
     def peak_bytes(self) -> int:
         """Most resident memory of the process over its baseline since the session began.
 
-        From the kernel's high-water mark where it has risen since, else from samples at the end of passes.
+        From the kernel's high-water mark where it has risen since, else from samples.
         """
-        memory = process_memory()
-        peak = memory.hwm if memory.hwm > self._peak_before else max(self._sampled_peak, memory.rss)
-        return max(peak - self.baseline, 0)
+        return self._memory.peak
 
     def trace(self) -> Trace:
         """The timeline of the recent passes; ``.save_chrome(path)`` writes it for Perfetto."""
@@ -282,7 +274,7 @@ class Session:
             raise
         if budget is not None:
             self._budget = budget
-            self._peak_answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
+            self._memory.answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         before, slab = self.plan, self.slab
@@ -348,14 +340,7 @@ class Session:
                 "streamed weights: call model.eval()"
             )
         self._check_files()
-        memory = process_memory()
-        self._foreign = max(memory.rss - self.baseline - self.ledger.total - _OURS_AT_REST, 0)
-        # Where the process was larger once before, the kernel's high-water mark tells nothing.
-        blind = memory.hwm > max(memory.rss, self.baseline + self._budget) + _NOISE and memory.hwm <= self._peak_before
-        self.engine.on_step = self._sample if blind else None
-
-    def _sample(self) -> None:
-        self._sampled_peak = max(self._sampled_peak, resident_bytes())
+        self.engine.on_step = self._memory.sample if self._memory.blind(self._budget) else None
 
     def _readopt(self) -> None:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""
@@ -385,11 +370,7 @@ class Session:
         self.records.append(record)
         self.passes += 1
         self.complete_passes += record.complete
-        resident = process_memory().rss
-        self._sampled_peak = max(self._sampled_peak, resident)
-        # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
-        if resident - self.baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
-            trim()
+        self._memory.rest(self._budget, self.plan.fixed_bytes)
         observed = self.engine.observed
         if observed is not None:
             self.engine.observed = None
@@ -412,7 +393,7 @@ class Session:
                 format_bytes(self.peak_bytes),
                 format_bytes(self._budget),
             )
-            self._peak_answered = self.peak_bytes
+            self._memory.answered = self.peak_bytes
         share = record.compute / max(len(observed.events), 1)
         self.prepared.step_seconds = tuple(share for _ in observed.events)
         try:
@@ -460,28 +441,23 @@ class Session:
         over = self._overrun()
         if over > 0:
             prepared.correct(over)
-            self._peak_answered = self.peak_bytes
+            self._memory.answered = self.peak_bytes
             log.warning(
                 "the process took %s more than the budget in a pass; the plan gives that much back from the weights",
                 format_bytes(over),
             )
             return True
-        if (
-            not self._peak_answered and process_memory().hwm > self._peak_before
-        ):  # else the peak is a sample, and could have been missed
+        if not self._memory.answered and self._memory.certain:
             taken = self.peak_bytes - self.plan.arena_bytes
-            spare = self.plan.fixed_bytes - int(taken * _MARGIN) - _NOISE
+            spare = self.plan.fixed_bytes - int(taken * _MARGIN) - NOISE
             if spare > self._budget // 50:
                 prepared.correct(-spare)
         return False
 
     def _overrun(self) -> int:
-        """Bytes by which a pass went over the budget, or over the peak that was last answered by a new plan."""
         if len(_open_sessions) != 1:
             return 0
-        # What lay beside the weights before the pass began is the program's own: results it keeps, other models.
-        over = self.peak_bytes - max(self._budget, self._peak_answered) - self._foreign
-        return over if over > min(self._budget // 100, _NOISE) else 0
+        return self._memory.overrun(self._budget, self.ledger.total)
 
     def _close_files(self) -> None:
         for file in self.files:

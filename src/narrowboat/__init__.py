@@ -20,11 +20,12 @@ from narrowboat.errors import BudgetError, NarrowboatError
 if TYPE_CHECKING:
     from narrowboat.checkpoint import pack
     from narrowboat.stream.api import session, stream
+    from narrowboat.stream.pretrained import stream_pretrained
     from narrowboat.stream.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["BudgetError", "NarrowboatError", "Session", "errors", "pack", "session", "stream"]
+__all__ = ["BudgetError", "NarrowboatError", "Session", "errors", "pack", "session", "stream", "stream_pretrained"]
 
 _LAZY = {
     "Session": "narrowboat.stream.session:Session",
@@ -32,6 +33,7 @@ _LAZY = {
     "session": "narrowboat.stream.api:session",
     # The package itself, which can be called: see `_callable_module`.
     "stream": "narrowboat.stream:",
+    "stream_pretrained": "narrowboat.stream.pretrained:stream_pretrained",
 }
 
 

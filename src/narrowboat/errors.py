@@ -34,6 +34,14 @@ class BudgetError(NarrowboatError):
         self.limiter = limiter
 
 
+class ReservationError(NarrowboatError):
+    """A call needs a larger key-value cache than the budget reserves; it was refused before it ran."""
+
+
+class ProfileError(NarrowboatError):
+    """A profile file cannot be read, or was measured of something else."""
+
+
 class WeightsError(NarrowboatError):
     """Something about the weights at rest is wrong; base of the four below."""
 
@@ -64,6 +72,10 @@ class StorageError(NarrowboatError):
 
 class StreamedModelError(NarrowboatError):
     """An operation that a streamed model cannot do, with what to do instead."""
+
+
+class TiledWeightError(StreamedModelError):
+    """An operator asked for the whole of a weight that is larger than the budget and computed in tiles."""
 
 
 class GradientError(StreamedModelError):

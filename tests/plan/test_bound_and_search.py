@@ -144,3 +144,18 @@ def test_a_thousand_tensors_take_seconds_and_not_minutes() -> None:
     plan = make_plan(workload, Machine(bandwidth=1e9), workload.weight_bytes // 3, thorough=True)
     assert time.process_time() - start < 30  # about a second; the machines that test are busy ones
     assert plan.gap < 0.05
+
+
+@settings(deadline=None, max_examples=60)
+@given(workload=chains(6), odd=st.integers(0, PAGE - 1), more=st.integers(0, 12), thorough=st.booleans())
+@pytest.mark.parametrize("scheme", ["best", *SCHEMES])
+def test_every_block_begins_on_a_page_whatever_the_budget(
+    scheme: str, workload: Workload, odd: int, more: int, thorough: bool
+) -> None:
+    budget = minimum_budget(workload)[0] + more * PAGE + odd
+    try:
+        plan = make_plan(workload, MACHINE, budget, scheme=scheme, thorough=thorough)
+    except BudgetError:
+        return
+    assert all(offset % PAGE == 0 for offset in plan.offsets)
+    assert all(plan.offsets[i] + plan.blocks[i].nbytes <= plan.weight_bytes for i in plan.streamed)

@@ -178,6 +178,18 @@ def test_a_network_of_equal_layers_keeps_what_the_window_does_not_need() -> None
     assert plan.resident_bytes + plan.window_bytes == 1000 * PAGE
 
 
+def test_places_stay_on_pages_whatever_the_budget() -> None:
+    blocks = tuple(Block(f"b{i}", (3 + i % 5) * PAGE, (3 + i % 5) * PAGE, ((i, i),)) for i in range(12))
+    workload = Workload(blocks, (1e-3,) * 12, 100)
+    for budget in range(least(workload) + 1, least(workload) + 12 * PAGE, 5 * PAGE // 2 + 77):
+        for scheme in ("best", "swapnet"):
+            try:
+                plan = make_plan(workload, Machine(1e7), budget, scheme=scheme, thorough=True)
+            except BudgetError:
+                continue
+            assert all(offset % PAGE == 0 for offset in plan.offsets)
+
+
 def test_the_explanation_says_where_the_budget_goes_and_what_limits_it() -> None:
     blocks = tuple(Block(f"layer{i}", (50 + i) * PAGE, 50 * PAGE, ((i, i),)) for i in range(9))
     workload = Workload(blocks, (0.0001,) * 9, 3 * PAGE, (("buffers", PAGE), ("activations", 2 * PAGE)))

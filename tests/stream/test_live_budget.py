@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import narrowboat as nb
-from narrowboat.errors import BudgetError, NarrowboatError, QuantityError, SessionClosedError
+from narrowboat.arena.slab import Slab
+from narrowboat.errors import BudgetError, NarrowboatError, QuantityError, SessionClosedError, StreamedModelError
 from narrowboat.stream.blocks import held_ranges, home
+from narrowboat.stream.session import Session
 
 MIB = 1 << 20
 ROOMY = 8 * MIB  # holds everything
@@ -280,3 +282,99 @@ def test_the_first_pass_after_a_cut_is_within_the_new_budget(tmp_path: Path) -> 
     assert told["right"]
     assert told["roomy"] > 78 * MIB
     assert [over for over in told["over"] if over > 0] == []
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("where", [(Slab, "hold"), (Slab, "release"), (Session, "_use")], ids=lambda w: w[1])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_change_leaves_the_plan_before_it_in_force(
+    deep: Any, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str], grows: bool, error: type[BaseException]
+) -> None:
+    model = deep.stream(budget=deep.minimum if grows else ROOMY)
+    session = nb.session(model)
+    assert_right(deep, model, 2)
+    before = session.budget
+    with monkeypatch.context() as patched:
+
+        def strike(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        patched.setattr(*where, strike)
+        with pytest.raises(error):
+            session.budget = ROOMY if grows else deep.minimum
+    assert session.budget == before == session.plan.budget
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter + 0, deep.plain.state_dict()[name])
+    assert_right(deep, model, 2)
+    session.budget = 5 * MIB
+    assert_right(deep, model, 2)
+
+
+def test_a_change_that_would_lose_a_written_weight_is_refused_and_nothing_moves(deep: Any) -> None:
+    model = deep.stream(budget=ROOMY)
+    session = nb.session(model)
+    assert_right(deep, model, 2)
+    weight = next(iter(model.parameters()))
+    with torch.no_grad():
+        weight.mul_(2)
+        changed = weight.clone()
+    with pytest.raises(StreamedModelError, match="modified in place"):
+        session.budget = deep.minimum
+    assert session.budget == ROOMY == session.plan.budget
+    assert torch.equal(weight, changed)
+    with torch.inference_mode():
+        assert model(deep.x).shape == deep.want.shape
+
+
+def test_a_scheme_that_needs_more_says_so_to_the_one_who_asks(deep: Any) -> None:
+    model = deep.stream(budget=40 * MIB, scheme="swapnet")
+    session = nb.session(model)
+    assert_right(deep, model, 2)
+    with pytest.raises(BudgetError, match="cannot hold"):
+        session.budget = deep.minimum
+    assert session.budget == 40 * MIB
+    assert_right(deep, model, 2)
+
+
+def test_a_forked_child_is_refused_and_can_close(deep: Any) -> None:
+    model = deep.stream(budget=ROOMY)
+    session = nb.session(model)
+    assert_right(deep, model, 2)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            session.budget = deep.minimum
+        except SessionClosedError:
+            session.close()
+            code = 0
+        finally:
+            os._exit(code)
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        threading.Event().wait(0.1)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for ever")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert_right(deep, model, 2)
+
+
+def test_a_table_makes_changes_without_a_search(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from narrowboat.report.profile import table_of
+
+    model = deep.stream(budget=ROOMY)
+    session = nb.session(model)
+    assert_right(deep, model, 3)
+    prepared = session.prepared
+    assert prepared.measured is not None
+    monkeypatch.setattr(prepared.measured, "table", table_of(prepared, session.machine).to_json())
+    monkeypatch.setattr("narrowboat.stream.prepare.make_plan", None)
+    for budget in (deep.minimum + MIB, deep.minimum + MIB // 2, ROOMY, deep.minimum + MIB):
+        session.budget = budget
+        assert session.plan.budget == budget
+        assert session.plan.arena_bytes + session.plan.fixed_bytes <= budget
+        assert_right(deep, model, 2)

@@ -36,11 +36,12 @@ import narrowboat as nb
 from narrowboat import zoo
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.pagecache import cached_bytes
-from narrowboat.profile.warmup import warm_up
+from narrowboat.profile.warmup import warm_up, warm_up_tracer
 torch.set_num_threads(1)
 name, path, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
 factory = zoo.get(name)
 warm_up()
+warm_up_tracer()
 baseline = process_memory().rss
 if budget == 0:
     print(json.dumps({"baseline": process_memory().hwm}))

@@ -371,3 +371,24 @@ def test_busy_time_counts_overlapping_reads_once(open_kit: Callable[..., Kit]) -
     span = max(event.end for event in events) - min(event.start for event in events)
     assert 0 < kit.reader.busy() <= span + 1e-3
     assert sum(event.nbytes for event in events) == SIZE
+
+
+def test_a_wakeup_lost_to_an_interruption_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C can strike after a read is queued and before the workers are told."""
+    data = os.urandom(4 * PAGE)
+    (tmp_path / "data").write_bytes(data)
+    file = WeightsFile(tmp_path / "data", FileStamp.of(os.stat(tmp_path / "data")), direct=False)
+    reader = Reader([file], chunk=PAGE, workers=1, trace=Trace())
+    slab = Slab(4 * PAGE)
+    reader.wait(reader.submit("first", slab, [Extent(0, 0, PAGE, 0)]))  # the worker is up, and waits
+    with monkeypatch.context() as silent:
+        silent.setattr(reader._cond, "notify_all", lambda: None)
+        job = reader.submit("second", slab, [Extent(0, PAGE, PAGE, PAGE)])
+    waiting = threading.Thread(target=reader.drain, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert job.done
+    assert bytes(slab.bytes_at(0, 2 * PAGE)) == data[: 2 * PAGE]
+    reader.close()
+    slab.close()

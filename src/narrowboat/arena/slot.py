@@ -41,16 +41,18 @@ class Weight:
         entry: where it lies at rest.
         slots: the tensor objects of the model.
         owner: who loads it on demand; set by the session.
+        tiled: how it is used instead of as a whole, in words ("in 7 tiles"); empty if it is used as a whole.
     """
 
-    __slots__ = ("entry", "index", "name", "owner", "slots")
+    __slots__ = ("entry", "index", "name", "owner", "slots", "tiled")
 
-    def __init__(self, index: int, name: str, entry: TensorEntry) -> None:
+    def __init__(self, index: int, name: str, entry: TensorEntry, tiled: str = "") -> None:
         self.index = index
         self.name = name
         self.entry = entry
         self.slots: list[Slot] = []
         self.owner: Any = None
+        self.tiled = tiled
 
 
 class Slot:

@@ -50,7 +50,7 @@ def _check(dest: Path, overwrite: bool) -> None:
     if not os.path.isdir(dest.parent):
         raise UsageError(f"cannot write {dest}: there is no folder {dest.parent}")
     if not overwrite and os.path.lexists(dest):
-        raise UsageError(f"{dest} exists already; choose another name, or overwrite it explicitly")
+        raise UsageError(f"{dest} exists already; choose another name, or overwrite it (--overwrite, overwrite=True)")
 
 
 def _open_locked(temporary: Path, dest: Path) -> int:

@@ -85,6 +85,10 @@ def pack(
         raise UsageError(
             f"{dest} is the name of a PyTorch file, pack writes safetensors; call it {dest.stem}.safetensors"
         )
+    if not isinstance(source, (Mapping, str, os.PathLike)):
+        raise UsageError(
+            f"cannot pack a {type(source).__name__}: give a weights file, a folder, or model.state_dict()"
+        )
     opened_source = memory_source(source) if isinstance(source, Mapping) else file_source(open_index(source))
     with opened_source as tensors:
         check_names([*tensors.entries, *tensors.aliases])

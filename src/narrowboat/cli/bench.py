@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from narrowboat.cli.output import print_json, print_table, progress_bar
+from narrowboat.errors import UsageError
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
+from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.request import find_request
 
 
@@ -31,6 +33,8 @@ def bench(
     """
     sizes = [parse_bytes(text, what="budget") for text in budgets.split(",")]
     request = find_request(model, weights, input)
+    if isinstance(request.resolved.factory, FolderModel):
+        raise UsageError("bench takes package.module:factory, not a folder: its other subjects load one weights file")
     request.need_inputs()
     from narrowboat.demo.bench import bench as measure
 

@@ -8,14 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from narrowboat.cli.budget import resolve_budget
-from narrowboat.cli.output import print_json, print_table
-from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
+from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
+from narrowboat.errors import UsageError
+from narrowboat.quantities import format_bytes, format_seconds, parse_bytes, parse_seconds
 from narrowboat.zoo.request import find_request
 
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:factory, such as narrowboat.zoo:vgg19.")
+        str,
+        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
     ],
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
@@ -28,6 +30,17 @@ def plan(
         str | None,
         typer.Option(metavar="BYTES", help="Per second, such as 1.5GB. Without it the storage is measured."),
     ] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Find the smallest budget for it, such as 120ms, instead of taking one."),
+    ] = None,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw predicted latency against budget, with the knee.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="With --curve: run some budgets too.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Plan from this profile; else from what is kept.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="best; or swapnet, first-resident or window, for comparison.")] = "best",
     blocks: Annotated[bool, typer.Option("--blocks", help="List every block and where it lives.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -36,18 +49,41 @@ def plan(
 
     Exit code 1 if the budget cannot hold the model; the message (with --json the document) has the smallest that can.
     """
-    bytes_allowed = resolve_budget(budget)
+    target = None if target_latency is None else parse_seconds(target_latency, what="target latency")
+    if target is not None and budget is not None:
+        raise UsageError("give --budget or --target-latency, not both")
+    if measure and curve is None:
+        raise UsageError("--measure puts points on a curve: give --curve FILE.png")
     speed = None if bandwidth is None else float(parse_bytes(bandwidth, what="bandwidth"))
     request = find_request(model, weights, input)
     from narrowboat.plan.result import summary
+    from narrowboat.report.curve import draw_curve, measure_points, pareto
     from narrowboat.report.foresee import foresee
 
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     if request.inputs is not None:
         example = (request.inputs, {})
     forecast = foresee(
-        request.factory, request.weights, budget=bytes_allowed, example=example, bandwidth=speed, scheme=scheme
+        request.factory,
+        request.source,
+        budget=None if target is not None else resolve_budget(budget),
+        example=example,
+        bandwidth=speed,
+        scheme=scheme,
+        profile=profile,
+        target=target,
     )
+    if curve is not None:
+        with progress_bar("planning", unit="budgets") as progress:
+            points = [plan for _, plan in pareto(forecast.prepared, forecast.plan.machine, progress=progress)]
+        measured: list[tuple[int, float]] = []
+        if measure:
+            with progress_bar("measuring", unit="budgets") as progress:
+                measured = measure_points(
+                    request.factory, request.source, request.need_inputs(), points, progress=progress
+                )
+        draw_curve(points, curve, title=model, measured=measured, target=target)
+    advice = forecast.advice() if scheme == "best" else []
     if json:
         document = {
             "model": model,
@@ -56,10 +92,14 @@ def plan(
             "allocator_policy": forecast.prepared.policy.value,
             "bandwidth_measured": forecast.measured,
             "traced": forecast.prepared.trace is not None,
+            "advice": advice,
         }
         print_json({**document, "block_list": forecast.blocks()} if blocks else document)
         return
-    print_table(f"{model} in {format_bytes(bytes_allowed)}", ["", "plan"], _rows(str(forecast.plan)))
+    rows = _rows(str(forecast.plan)) + [("would help" if i == 0 else "", said) for i, said in enumerate(advice)]
+    print_table(f"{model} in {format_bytes(forecast.plan.budget)}", ["", "plan"], rows)
+    if curve is not None:
+        print_facts("", {"wrote": curve})
     if forecast.prepared.trace is None:
         print_table(
             "",

@@ -31,7 +31,8 @@ class Io(StrEnum):
 
 def run(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="package.module:factory, such as narrowboat.zoo:vgg19.")
+        str,
+        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
     ],
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
@@ -62,7 +63,7 @@ def run(
     with progress_bar("running", unit="passes") as progress:
         report = run_model(
             request.factory,
-            request.weights,
+            request.source,
             budget=bytes_allowed,
             inputs=inputs,
             passes=passes,
@@ -113,6 +114,10 @@ def _print_report(model: str, weights: Path, report: RunReport) -> None:
     }
     if left_out > 0:
         facts = {"passes": f"{left_out} in the middle are not listed", **facts}
+    if report.tiled_layers:
+        from narrowboat.plan.result import describe_tiled
+
+        facts["tiled"] = describe_tiled(tuple(report.tiled_layers.items()))
     if report.copied_bytes:
         facts["copied"] = (
             f"{format_bytes(report.copied_bytes)}, because {weights.name} is not packed (narrowboat pack)"

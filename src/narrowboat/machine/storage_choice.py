@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.storage import StorageProbe
 
 _LARGEST_CHUNK, _DEEPEST = 64 << 20, 16
+_PAGE = 4096
+_STAGING = 4 << 20  # bytes of all the buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,15 @@ class StorageChoice:
     chunk: int = 2 << 20
     depth: int = 2
     bandwidth: float | None = None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the readers' aligned buffers, if every one of them is in use."""
+        return self.depth * (self.chunk + 2 * _PAGE)
+
+    def for_copies(self) -> StorageChoice:
+        """The same with smaller chunks: each worker copies out of a buffer of its own, and the budget pays for it."""
+        return replace(self, chunk=min(self.chunk, max(_STAGING // self.depth // _PAGE, 1) * _PAGE))
 
 
 def _path(device: int) -> Path:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from narrowboat.plan.model import Machine, Workload
+from narrowboat.plan.timing import slowdown
 
 
 def latency_bound(workload: Workload, machine: Machine, room: int) -> float:
@@ -26,9 +27,16 @@ def latency_bound(workload: Workload, machine: Machine, room: int) -> float:
         room: bytes of the budget left for weights.
     """
     steps = workload.step_seconds
+    total = sum(block.nbytes for block in workload.blocks)
+    if machine.contention and total > room:
+        # At least this much is read, and computing is slower beside it.
+        densest = max((b.read_bytes / b.nbytes for b in workload.blocks if b.nbytes), default=1.0)
+        least = sum(b.read_bytes for b in workload.blocks if b.holds) - room * densest
+        slow = slowdown(workload, machine, max(least, 0.0) / machine.bandwidth)
+        steps = tuple(seconds * slow for seconds in steps)
     compute = [seconds + machine.step_overhead for seconds in steps]
     used = [block for block in workload.blocks if block.holds]
-    if sum(block.nbytes for block in workload.blocks) <= room:
+    if total <= room:
         return sum(compute)
     need = _needed(workload, len(steps))
     # Steps by what they need, most first; blocks by size, largest first: as J grows, F shrinks.

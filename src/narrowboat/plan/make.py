@@ -15,7 +15,7 @@ from functools import lru_cache
 from narrowboat.errors import BudgetError, UsageError
 from narrowboat.plan.bound import latency_bound
 from narrowboat.plan.layout import peak_held, place
-from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.model import PAGE, Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
 from narrowboat.plan.schemes import SCHEMES
@@ -23,7 +23,6 @@ from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidat
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
 
-PAGE = 4096
 _SPREADS: tuple[Spread, ...] = (evenly_by_time, evenly_by_bytes)
 _PATIENCE = 6  # candidates in a row that bring nothing before the search ends
 
@@ -47,7 +46,7 @@ def minimum_budget(workload: Workload) -> tuple[int, str]:
     return window + workload.fixed_bytes, limiter
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _least_window(blocks: tuple[Block, ...]) -> int:
     """Smallest window in which all blocks can be laid; at worst that of keeping every block."""
     lower, _ = peak_held(blocks)
@@ -74,7 +73,7 @@ def make_plan(
         UsageError: no such scheme.
     """
     least = check_budget(workload, budget)
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE  # a place off the page grid would cost a copy per read
     if scheme != "best":
         return _by_scheme(workload, machine, budget, least, scheme)
     bound = latency_bound(workload, machine, room)
@@ -118,7 +117,7 @@ def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidat
 def _by_scheme(workload: Workload, machine: Machine, budget: int, least: tuple[int, str], scheme: str) -> Plan:
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
-    room = budget - workload.fixed_bytes
+    room = (budget - workload.fixed_bytes) // PAGE * PAGE
     decided = SCHEMES[scheme](workload, machine, room)
     if decided is None:
         raise BudgetError(

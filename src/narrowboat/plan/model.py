@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+PAGE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -30,11 +32,13 @@ class Machine:
         bandwidth: bytes per second that arrive while the processor computes.
         read_latency: seconds a read costs on top of its bytes.
         step_overhead: seconds of bookkeeping per step.
+        contention: by what share computing takes longer while storage is read all along (memory and cores are shared).
     """
 
     bandwidth: float
     read_latency: float = 0.0002
     step_overhead: float = 0.0
+    contention: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

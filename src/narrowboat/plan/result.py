@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from narrowboat.plan.model import Block, Machine
@@ -27,6 +28,8 @@ class Plan:
         machine: the storage the prediction rests on.
         lower_bound: seconds that no plan within the budget can beat (``plan.bound``).
         scheme: how it was made: ``"best"``, or one of ``plan.schemes``.
+        tiled: layers too large to be in as a whole, each with its number of tiles or strips; 0 for a table whose
+            rows are read on demand.
     """
 
     budget: int
@@ -44,6 +47,7 @@ class Plan:
     machine: Machine
     lower_bound: float = 0.0
     scheme: str = "best"
+    tiled: tuple[tuple[str, int], ...] = ()
 
     @property
     def arena_bytes(self) -> int:
@@ -79,6 +83,8 @@ def explain(plan: Plan) -> str:
         f"  resident    {format_bytes(plan.resident_bytes)} in {len(plan.resident)} blocks",
         f"  window      {format_bytes(plan.window_bytes)} shared by {len(plan.streamed)} streamed blocks",
     ]
+    if plan.tiled:
+        lines.append(f"tiled         {describe_tiled(plan.tiled)}")
     lines += [f"  {name:<12}{format_bytes(nbytes)}" for name, nbytes in plan.fixed_parts if nbytes]
     lines += [
         f"reads         {format_bytes(timing.bytes_read)} per pass at {plan.machine.bandwidth / 1e9:.2f} GB/s",
@@ -93,6 +99,18 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def describe_tiled(tiled: Sequence[tuple[str, int]]) -> str:
+    """How many layers are computed in tiles, and into how many; how many tables are read by rows."""
+    cut = [count for _, count in tiled if count]
+    tables = len(tiled) - len(cut)
+    said = []
+    if cut:
+        said.append(f"{len(cut)} layer{'s' * (len(cut) > 1)} in {sum(cut)} tiles")
+    if tables:
+        said.append(f"{tables} table{'s' * (tables > 1)} by the rows asked for")
+    return ", ".join(said)
+
+
 def summary(plan: Plan) -> dict[str, object]:
     """The plan as JSON values; sizes in bytes, times in milliseconds."""
     return {
@@ -104,6 +122,7 @@ def summary(plan: Plan) -> dict[str, object]:
         "weight_bytes": plan.weight_bytes,
         "resident_bytes": plan.resident_bytes,
         "window_bytes": plan.window_bytes,
+        "tiled_layers": dict(plan.tiled),
         "blocks": len(plan.blocks),
         "resident_blocks": len(plan.resident),
         "bytes_read_per_pass": plan.timing.bytes_read,

@@ -39,6 +39,12 @@ class Timing:
     compute: float
 
 
+def slowdown(workload: Workload, machine: Machine, reading: float) -> float:
+    """The factor by which a pass computes longer beside ``reading`` seconds of reading."""
+    compute = sum(workload.step_seconds)
+    return 1 + machine.contention * min(reading / compute, 1.0) if compute else 1.0
+
+
 def simulate(
     workload: Workload,
     machine: Machine,
@@ -59,7 +65,8 @@ def simulate(
     meets = overlaps(blocks, offsets)
     wanted = sorted((first, last, k) for k, block in enumerate(blocks) for first, last in block.holds)
     cost = [block.read_bytes / machine.bandwidth + machine.read_latency for block in blocks]
-    steps = workload.step_seconds
+    slow = slowdown(workload, machine, sum(c * len(b.holds) for c, b in zip(cost, blocks, strict=True)))
+    steps = [seconds * slow for seconds in workload.step_seconds]
     compute = sum(steps) + machine.step_overhead * len(steps)
 
     released = [0.0] * len(blocks)  # when the block's last hold so far ended

@@ -22,6 +22,7 @@ from narrowboat.errors import ForeignHooksError, ModelError, NarrowboatError, St
 
 log = logging.getLogger("narrowboat")
 _patch_lock = threading.RLock()
+TILES = "_narrowboat_tiles"  # where a layer keeps its tiles: modules beside the tree, not in it
 
 
 @contextmanager
@@ -128,11 +129,21 @@ def _refuse_foreign(module: nn.Module) -> None:
                 )
 
 
+def streamed_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the tree with its name, in the order that numbers them; then the tiles of tiled layers."""
+    yield from root.named_modules()
+    for prefix, child in root.named_modules():
+        for i, tile in enumerate(child.__dict__.get(TILES, ())):
+            yield f"{prefix}#{i}", tile
+
+
 def tensor_names(module: nn.Module) -> dict[int, tuple[torch.Tensor, list[str], bool]]:
     """The weights of a module by identity: ``id -> (tensor, names, is_parameter)``, without the
     non-persistent buffers."""
     found: dict[int, tuple[torch.Tensor, list[str], bool]] = {}
-    for prefix, child in module.named_modules(remove_duplicate=False):
+    named = list(module.named_modules(remove_duplicate=False))
+    tiles = [(f"{prefix}#{i}", t) for prefix, child in named for i, t in enumerate(child.__dict__.get(TILES, ()))]
+    for prefix, child in named + tiles:
         dot = prefix + "." if prefix else ""
         for name, parameter in child._parameters.items():
             if parameter is not None:

@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 2
+_FORMAT = 5
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -99,11 +99,16 @@ def load_trace(key: str) -> UseTrace | None:
             holds=[(int(w), int(first), int(last)) for w, first, last in kept["holds"]],
             flops=[float(f) for f in kept["flops"]],
             traffic=[float(t) for t in kept["traffic"]],
+            peaks=[int(p) for p in kept["peaks"]],
+            largest=[int(n) for n in kept["largest"]],
+            looked_up=[int(n) for n in kept["looked_up"]],
+            rows=[int(n) for n in kept["rows"]],
             activation_bytes=int(kept["activation_bytes"]),
             taken=(int(kept["taken"][0]), int(kept["taken"][1])),
             written=set(kept["written"]),
             output_bytes=int(kept["output_bytes"]),
             alive=[int(nbytes) for nbytes in kept["alive"]],
+            cache_bytes=int(kept["cache_bytes"]),
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

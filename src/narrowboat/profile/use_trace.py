@@ -43,12 +43,17 @@ class UseTrace:
         holds: ``(weight, first step, last step)`` where a view outlives the step it was made in.
         flops: floating-point operations of each step (0 where unknown).
         traffic: bytes read and written by the operators of each step.
+        peaks: most bytes of intermediate tensors and workspaces alive at once in each step (0 where nothing is made).
+        largest: bytes of the largest tensor made in each step.
+        looked_up: indices that embedding operators are given in each step.
+        rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
         alive: bytes of intermediate tensors alive as each step begins, inputs included; empty where unknown.
+        cache_bytes: of the activations, the key-value cache that the pass hands back.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -56,11 +61,16 @@ class UseTrace:
     holds: list[tuple[int, int, int]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     traffic: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    largest: list[int] = field(default_factory=list)
+    looked_up: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, int] = (0, 0)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
     alive: list[int] = field(default_factory=list)
+    cache_bytes: int = 0
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
@@ -68,6 +78,8 @@ class UseTrace:
         self.uses.append([])
         self.flops.append(0.0)
         self.traffic.append(0.0)
+        for counts in (self.peaks, self.largest, self.looked_up, self.rows):
+            counts.append(0)
 
     def use(self, weight: int) -> None:
         """Note that the current step touches ``weight``."""
@@ -153,9 +165,16 @@ class _Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
         self.alive += nbytes
-        self.peak = max(self.peak, self.alive)
+        self._reach(self.alive)
+        if self.trace.largest:
+            self.trace.largest[-1] = max(self.trace.largest[-1], nbytes)
         self._take(nbytes)
         weakref.finalize(storage, self._freed, nbytes)
+
+    def _reach(self, nbytes: int) -> None:
+        self.peak = max(self.peak, nbytes)
+        if self.trace.peaks:
+            self.trace.peaks[-1] = max(self.trace.peaks[-1], nbytes)
 
     def _take(self, nbytes: int) -> None:
         if nbytes >= 64 << 10:
@@ -185,9 +204,12 @@ class _Recorder(TorchDispatchMode):
         moved = sum(_nbytes(t) for t in inputs) + sum(_nbytes(t) for t in outputs)
         if not getattr(func, "is_view", False):
             self.trace.traffic[step] += moved
+        if "embedding" in func._schema.name and len(inputs) > 1:
+            self.trace.looked_up[step] += inputs[1].numel()
         if "convolution" in func._schema.name:
             # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self.peak = max(self.peak, self.alive + moved)
+            self._reach(self.alive + moved)
+            self.trace.rows[step] = outputs[0].shape[2]
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))
 
@@ -268,6 +290,7 @@ def trace_uses(
                     recorder._count(value)
                 out = double(*args, **kwargs)
         trace.output_bytes = sum(_nbytes(t) for t in _tensors(out))
+        trace.cache_bytes = _cache_bytes(out)
     except Exception as error:
         raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
@@ -293,6 +316,30 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
         for child in disabled:
             child.disabled = False
+
+
+def _cache_bytes(out: Any) -> int:
+    """Bytes of the tensors in a result's key-value cache or recurrent state, whatever class holds them."""
+    get = getattr(out, "get", None)
+    if not callable(get):
+        return 0
+    stack = [get(name) for name in ("past_key_values", "cache_params") if get(name) is not None]
+    seen: set[int] = set()
+    total = 0
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            total += _nbytes(value)
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif type(value).__module__.startswith("transformers"):
+            stack += vars(value).values() if hasattr(value, "__dict__") else ()
+    return total
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:

@@ -38,7 +38,7 @@ def form_groups(trace: UseTrace, weights: Sequence[Weight], *, packed: bool) -> 
 
     Args:
         trace: the uses of one pass.
-        weights: all weights.
+        weights: all weights; one that is tiled takes no place, its tiles do.
         packed: the file is page-aligned, so each weight takes whole pages and is read in place; otherwise weights
             are laid 64-byte aligned and copied once.
     """
@@ -48,7 +48,7 @@ def form_groups(trace: UseTrace, weights: Sequence[Weight], *, packed: bool) -> 
         holds[written] = [(0, max(len(trace.uses) - 1, 0))]
     order = [w for w in dict.fromkeys(w for step in trace.uses for w in step) if weights[w].entry.nbytes]
     seen = set(order)
-    unused = [w.index for w in weights if w.index not in seen and w.entry.nbytes]
+    unused = [w.index for w in weights if w.index not in seen and w.entry.nbytes and not w.tiled]
     merged: list[tuple[list[int], tuple[tuple[int, int], ...]]] = []
     nbytes = 0
     for w in sorted(order, key=lambda w: holds[w][0][0]):

@@ -12,12 +12,16 @@ from torch import nn
 
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
+from narrowboat.errors import UsageError
 from narrowboat.machine.storage_choice import StorageChoice
+from narrowboat.plan.advice import advise
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.warmup import warm_up
+from narrowboat.report.curve import smallest_budget
 from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
+from narrowboat.stream.tiling import fit
 from narrowboat.trace import Trace
 
 _SAMPLE = 32 << 20  # bytes read to measure the storage
@@ -38,6 +42,14 @@ class Forecast:
     prepared: Prepared
     measured: bool
 
+    def advice(self) -> list[str]:
+        """What would shorten a pass most, in sentences."""
+        prepared, before = self.prepared, self.prepared.policy
+        try:
+            return advise(self.plan, prepared.enough(), lambda budget, on: prepared.choose(on, budget)[0])
+        finally:
+            prepared.policy = before
+
     def blocks(self) -> list[dict[str, Any]]:
         """Per block, in order of first use: name, bytes, where it lives, the steps that hold it, predicted stall."""
         plan = self.plan
@@ -57,38 +69,55 @@ class Forecast:
 
 def foresee(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     *,
-    budget: int,
+    budget: int | None,
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     bandwidth: float | None = None,
     strict: bool = True,
     scheme: str = "best",
+    profile: Path | None = None,
+    target: float | None = None,
 ) -> Forecast:
     """Plan ``model`` for ``budget`` bytes; the module is not touched and nothing but a sample of the file is read.
 
     Args:
         model: factory or module.
-        weights: a weights file or folder.
-        budget: bytes over the process baseline.
+        weights: a weights file or folder, or the index of one.
+        budget: bytes over the process baseline; None finds the smallest for ``target``.
+        target: seconds per pass.
         example: ``(args, kwargs)`` of one pass, or None.
         bandwidth: bytes per second of the storage; None measures it.
         strict: refuse tensors in the file that the model does not have.
         scheme: how to plan: ``"best"``, or one of ``plan.schemes`` for comparison.
+        profile: a file of ``narrowboat profile`` to plan from; None takes what is kept of earlier runs.
 
     Raises:
+        UsageError: no budget is enough for the target, or none of the two is given.
+        ProfileError: the profile is of another model or machine.
         BudgetError: the budget cannot hold the model.
         UsageError: no such scheme.
         WeightsError, ModelError: as ``nb.stream``.
     """
     warm_up()
     prepared = prepare(model, weights, example, strict=strict)
+    if profile is not None:
+        prepared.take(profile)
+    if budget is None and target is None:
+        raise UsageError("give a budget or a target latency")
     measured = None
-    if bandwidth is None:
-        prepared.check(budget)  # what cannot hold is refused before anything is read
-        measured = read_bandwidth(prepared.index, prepared.storage)
     prepared.scheme = scheme
-    plan, _ = prepared.choose(Machine(bandwidth=bandwidth or measured or 1e9), budget, thorough=True)
+    # What cannot hold is refused before anything is read.
+    if budget is not None:
+        prepared = fit(prepared, budget)
+    if bandwidth is None:
+        measured = read_bandwidth(prepared.index, prepared.storage)
+    contention = prepared.measured.contention if prepared.measured is not None else 0.0
+    machine = Machine(bandwidth=bandwidth or measured or 1e9, contention=contention)
+    if budget is None:
+        assert target is not None
+        budget = smallest_budget(prepared, machine, target).budget
+    plan, _ = prepared.choose(machine, budget, thorough=True)
     return Forecast(plan, prepared, measured is not None)
 
 

@@ -14,13 +14,14 @@ import numpy
 import torch
 from torch import nn
 
-from narrowboat.checkpoint import open_index
+from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import UsageError
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.exact import first_difference, output_digest, output_tensors
+from narrowboat.report.picture import require_matplotlib
 from narrowboat.report.plain import load_weights
-from narrowboat.report.timeline import draw_timeline, require_matplotlib
+from narrowboat.report.timeline import draw_timeline
 from narrowboat.stream.api import session, stream
 
 
@@ -41,6 +42,8 @@ class RunReport:
         weight_bytes, resident_bytes, window_bytes: all weights; those that stay in; the arena the others share.
         fixed_parts: bytes the budget pays besides weights, by name.
         allocator_policy: how malloc treated freed activations.
+        tiled_layers: by layer too large to be in as a whole: in how many pieces it was computed; 0 for a table whose
+            rows were read on demand.
         copied_bytes: read bytes that needed a copy, because the file is not packed.
         output_digest: sha256 of the last output.
         difference: where the outputs differ, in words.
@@ -61,6 +64,7 @@ class RunReport:
     window_bytes: int
     fixed_parts: dict[str, int]
     allocator_policy: str
+    tiled_layers: dict[str, int]
     copied_bytes: int
     output_digest: str
     difference: str
@@ -97,7 +101,7 @@ class RunOutputs:
 
 def run_model(
     factory: Callable[[], nn.Module],
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     *,
     budget: int,
     inputs: tuple[Any, ...],
@@ -114,7 +118,7 @@ def run_model(
 
     Args:
         factory: makes the module.
-        weights: a weights file or folder.
+        weights: a weights file or folder, or the index of one.
         budget: bytes over the process baseline.
         inputs: positional arguments of a pass.
         passes: how many; at least one.
@@ -134,7 +138,6 @@ def run_model(
     warm_up()
     gc.collect()
     reset_peak()
-    baseline = process_memory().rss
     begun = time.perf_counter()
     model = stream(factory, weights, budget=budget, example=inputs, io=io)
     handle = session(model)
@@ -158,7 +161,7 @@ def run_model(
                 for key, values in measured.items():
                     values.append(stats[key][-1])
                 progress(number + 1, passes)
-        peak = process_memory().hwm - baseline
+        peak = process_memory().hwm
         stats = handle.stats()
         ours = [tensor.clone() for tensor in output_tensors(output)]
     finally:
@@ -169,7 +172,8 @@ def run_model(
     if wanted.trace is not None:
         handle.trace().save_chrome(wanted.trace, since)
     if wanted.timeline is not None:
-        draw_timeline(handle.trace(), wanted.timeline, since, title=f"{Path(weights).name}: the last passes")
+        name = weights.files[0].parent.name if isinstance(weights, WeightsIndex) else Path(weights).name
+        draw_timeline(handle.trace(), wanted.timeline, since, title=f"{name}: the last passes")
     if wanted.output is not None:
         _save_output(ours, wanted.output)
     difference = _compare(factory, weights, inputs, ours, digests) if verify else ""
@@ -180,7 +184,7 @@ def run_model(
         bytes_read=measured["bytes_read"],
         budget_bytes=stats["budget_bytes"],
         min_budget_bytes=stats["min_budget_bytes"],
-        peak_bytes=max(peak, 0),
+        peak_bytes=max(peak - stats["baseline_bytes"], 0),
         bit_identical=not difference if verify else None,
         direct_io=stats["direct_io"],
         first_answer_ms=first_answer * 1e3,
@@ -189,6 +193,7 @@ def run_model(
         window_bytes=stats["window_bytes"],
         fixed_parts=stats["fixed_parts"],
         allocator_policy=stats["allocator_policy"],
+        tiled_layers=stats["tiled_layers"],
         copied_bytes=stats["copied_bytes"],
         output_digest=digest,
         difference=difference,
@@ -197,7 +202,7 @@ def run_model(
 
 def _compare(
     factory: Callable[[], nn.Module],
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     inputs: tuple[Any, ...],
     ours: list[torch.Tensor],
     digests: list[str],
@@ -206,7 +211,7 @@ def _compare(
     if not ours:
         raise UsageError("there is no tensor in the model's output: nothing to verify")
     plain = factory()
-    load_weights(plain, open_index(weights))
+    load_weights(plain, weights if isinstance(weights, WeightsIndex) else open_index(weights))
     # A model without state gives the same answer every time: one plain pass then stands for all.
     steady = len(set(digests)) == 1
     difference = ""

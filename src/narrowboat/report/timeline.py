@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from narrowboat.errors import StorageError, UsageError
+from narrowboat.errors import UsageError
 from narrowboat.quantities import format_bytes
+from narrowboat.report.picture import require_matplotlib, save_png
 from narrowboat.trace import LANES, Event, Trace
 
 _COLOURS = {"read": "#3b7dd8", "compute": "#3a9d5d", "stall": "#d1495b", "budget": "#8a6d3b"}
@@ -42,19 +42,6 @@ def read_chrome(path: str | Path) -> Trace:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a trace written by narrowboat: {error}") from error
     return trace
-
-
-def require_matplotlib() -> Any:
-    """matplotlib's ``Figure``, which draws without a display and without pyplot's global state.
-
-    Raises:
-        UsageError: it is not installed; names the extra.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("drawing a timeline needs matplotlib: pip install 'narrowboat[plot]'") from error
-    return Figure
 
 
 def draw_timeline(trace: Trace, path: str | Path, since: float = float("-inf"), *, title: str = "") -> None:
@@ -94,7 +81,7 @@ def draw_timeline(trace: Trace, path: str | Path, since: float = float("-inf"), 
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     _legend(axes, events, origin)
-    _save(figure, Path(path))
+    save_png(figure, Path(path))
 
 
 def _rows(events: list[Event]) -> dict[tuple[str, int], int]:
@@ -160,17 +147,3 @@ def _covered(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
-
-
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            figure.savefig(file, format="png")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"writing {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrowboat.checkpoint import pack
+from narrowboat.checkpoint import WeightsIndex, pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
@@ -23,8 +23,10 @@ from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_
 from narrowboat.profile.warmup import warm_up
 from narrowboat.quantities import parse_bytes
 from narrowboat.stream.auto import follow_limits, initial_budget
+from narrowboat.stream.integrity import MODES
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.session import Session
+from narrowboat.stream.tiling import fit
 
 _SESSION = "_narrowboat_session"
 _IO = ("auto", "direct", "buffered")
@@ -32,7 +34,7 @@ _IO = ("auto", "direct", "buffered")
 
 def stream(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path | None = None,
+    weights: str | Path | WeightsIndex | None = None,
     *,
     budget: int | str,
     example: tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -40,6 +42,7 @@ def stream(
     strict: bool = True,
     io: str = "auto",
     lock_memory: bool = False,
+    verify: str = "off",
     offload_folder: str | Path | None = None,
     scheme: str = "best",
 ) -> nn.Module:
@@ -48,7 +51,8 @@ def stream(
     Args:
         model: a factory taking no arguments (built without storage for its parameters), a module on meta, or a
             materialised module (its own weights are let go).
-        weights: a safetensors file, a sharded index, a Hugging Face folder, or a ``.pth`` file. None for a
+        weights: a safetensors file, a sharded index, a Hugging Face folder, a ``.pth`` file, or an index of one of
+            these (``checkpoint.open_index``). None for a
             materialised module: its weights are then first written to ``offload_folder``.
         budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
             ``"300MB"`` or ``"300MiB"``; or ``"auto"``: what the machine can spare, followed while the session lives.
@@ -59,6 +63,8 @@ def stream(
         strict: refuse a weights file with tensors the model does not have.
         io: ``"direct"`` (refuse if it cannot be had), ``"buffered"``, or ``"auto"``.
         lock_memory: keep the arena from being swapped out.
+        verify: ``"load"`` compares each weight with its digest in a packed file when it first comes in, ``"always"``
+            now and then later too (at some 0.5 GB/s per core); a damaged one raises ``DigestError`` from the call.
         offload_folder: where a materialised module's weights are written; deleted again when the session closes.
             None: the user's cache folder.
         scheme: ``"best"``; or, for comparison, ``"swapnet"``, ``"first-resident"``, ``"window"``
@@ -80,6 +86,8 @@ def stream(
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
     if scheme not in ("best", *SCHEMES):
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    if verify not in MODES:
+        raise UsageError(f"verify must be one of {', '.join(MODES)}, not {verify!r}")
     if io not in _IO:
         raise UsageError(f"io must be one of {', '.join(_IO)}, not {io!r}")
     warm_up()
@@ -88,7 +96,7 @@ def stream(
         maker = getattr(model, "example_inputs", None)
         example = maker() if callable(maker) else None
     pair = split_example(example) if example is not None else None
-    if weights is not None and not isinstance(weights, (str, os.PathLike)):
+    if weights is not None and not isinstance(weights, (str, os.PathLike, WeightsIndex)):
         raise UsageError(f"weights must be the path of a file or folder, not {type(weights).__name__}")
     before = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None
     if isinstance(before, Session) and before.closed:
@@ -111,12 +119,13 @@ def stream(
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
         prepared.scheme = scheme
-        prepared.check(nbytes)
+        prepared = fit(prepared, nbytes)
         made = Session(
             prepared,
             budget=nbytes,
             io=io,
             lock_memory=lock_memory,
+            verify=verify,
             baseline=baseline + prepared.library_bytes,
             cleanup=cleanup,
         )

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from narrowboat.stream.session import Session
 
 log = logging.getLogger("narrowboat")
-INTERVAL = 1.0  # seconds between two looks
+INTERVAL = 0.25  # seconds between two looks
 _SHARE = 0.85  # of what could be had; the rest is the others'
 _PRESSED = 10.0  # percent of ten seconds spent waiting for memory
 _LESS = 0.04  # a shrink is worth a change of plan from here on
 _MORE = 0.12  # and growth, if there was room for it
-_LOOKS = 5  # times in a row
+_LOOKS = 20  # times in a row
 
 
 @dataclass(slots=True)
@@ -97,17 +97,18 @@ def memory_pressure(root: Path = ROOT) -> float:
 
 
 def follow_limits(session: Session, ceiling: int) -> None:
-    """Look at the limits every second for as long as the session lives, from a thread of its own."""
+    """Look at the limits four times a second for as long as the session lives, from a thread of its own."""
+    session.following = True
     stop = threading.Event()
     weakref.finalize(session, stop.set)
-    arguments = (weakref.ref(session), Hysteresis(session.min_budget, ceiling), stop)
+    arguments = (weakref.ref(session), Hysteresis(session.prepared.check(ceiling)[0], ceiling), stop)
     threading.Thread(target=_watch, args=arguments, name="narrowboat-auto-budget", daemon=True).start()
 
 
 def _watch(reference: weakref.ref[Session], hysteresis: Hysteresis, stop: threading.Event) -> None:
     while not stop.wait(INTERVAL):
         session = reference()
-        if session is None or session.closed:
+        if session is None or session.closed or not session.following:
             return
         try:
             limits = memory_limits()
@@ -117,4 +118,6 @@ def _watch(reference: weakref.ref[Session], hysteresis: Hysteresis, stop: thread
                 session.change_budget(change[0], cause=f"auto: {change[1]}")
         except NarrowboatError as error:
             log.warning("auto budget: %s", error)
+        except Exception:
+            log.exception("auto budget: this look failed")
         del session

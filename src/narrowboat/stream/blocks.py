@@ -123,6 +123,7 @@ def make_blocks(
             blocks.append(kept[i])
             continue
         base = homes[-1] + plan.offsets[i] if i in streamed else homes[i] if i in plan.resident else None
+        assert base is None or base % PAGE == 0, f"{group.block.name} lies at {base}: kernels choose by alignment"
         blocks.append(
             BlockState(
                 index=i,
@@ -154,10 +155,13 @@ def _extents(
     for w, place in zip(group.weights, group.places, strict=True):
         entry = weights[w].entry
         number = file_number[str(entry.file)]
-        nbytes = -(-entry.nbytes // PAGE) * PAGE if packed else entry.nbytes
-        if packed and extents:
+        # A tile may begin in the middle of a page, even of a packed file.
+        whole_pages = packed and entry.offset % PAGE == 0
+        nbytes = -(-entry.nbytes // PAGE) * PAGE if whole_pages else entry.nbytes
+        if whole_pages and extents:
             last = extents[-1]
-            if last.file == number and last.offset + last.nbytes == entry.offset:
+            adjacent = last.target + last.nbytes == base + place and last.offset + last.nbytes == entry.offset
+            if last.file == number and adjacent:
                 extents[-1] = Extent(number, last.offset, last.nbytes + nbytes, last.target)
                 continue
         extents.append(Extent(number, entry.offset, nbytes, base + place))

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from narrowboat.errors import BudgetError
+from narrowboat.errors import BudgetError, StreamedModelError
 from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.plan import Plan
 from narrowboat.profile.workload import Group
@@ -47,14 +47,22 @@ class BudgetChange:
                 try:
                     if engine.running:
                         return  # called from inside a pass
-                    self.follow()
+                    self.follow(asked=True)
                 finally:
                     engine.lock.release()
             elif engine.running:
                 return  # the thread that runs the pass sees to it
 
-    def follow(self, chosen: tuple[Plan, list[Group]] | None = None) -> None:
-        """Put what was asked for in force, if anything was. The caller holds the engine's lock."""
+    def follow(self, chosen: tuple[Plan, list[Group]] | None = None, *, asked: bool = False) -> None:
+        """Put what was asked for in force, if anything was. The caller holds the engine's lock.
+
+        Args:
+            chosen: the plan for it, if it is made already.
+            asked: the one who asked is waiting for it, and is told why not.
+
+        Raises:
+            BudgetError, StreamedModelError: it cannot be, and ``asked``; else that is logged. The budget stays.
+        """
         if self._wanted is None:
             return
         session = self._session
@@ -62,8 +70,11 @@ class BudgetChange:
         session.engine.on_boundary, self._chosen = None, None
         start, before = time.perf_counter(), session.budget
         try:
-            plan, groups = chosen or session.prepared.choose(session.machine, nbytes)
-        except BudgetError as error:
+            plan, groups = chosen or session.prepared.look_up(session.machine, nbytes)
+            session.refuse_written()
+        except (BudgetError, StreamedModelError) as error:
+            if asked:
+                raise
             log.warning("the budget stays %s: %s", format_bytes(before), error)
             return
         set_malloc_policy(session.prepared.policy)
@@ -81,7 +92,7 @@ class BudgetChange:
             return
         if self._chosen is None or self._chosen[0].budget != self._wanted[0]:
             try:
-                self._chosen = session.prepared.choose(session.machine, self._wanted[0])
+                self._chosen = session.prepared.look_up(session.machine, self._wanted[0])
             except BudgetError:
                 if session.prepared.together > 1:
                     session.engine.on_boundary = None  # it may do for one input: at the end of the sweep

@@ -24,15 +24,16 @@ import torch
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
-from narrowboat.errors import SessionClosedError
+from narrowboat.errors import SessionClosedError, StreamedModelError, TiledWeightError
 from narrowboat.plan.result import Plan
+from narrowboat.profile.tiles import whole_asked_for
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
 from narrowboat.stream.blocks import BlockState, State
+from narrowboat.stream.lane import ComputeLane
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prefetch import Hold, Prefetcher
 from narrowboat.stream.reader import Reader
 from narrowboat.stream.swap import Swapper, forget_views
-from narrowboat.trace import Event as TimelineEvent
 from narrowboat.trace import Trace
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Engine:
         record: measurements of the pass in progress.
         on_begin, on_end: called at the outermost entry and after the outermost exit of a pass.
         on_boundary: called at every event, if set: a change of plan is wanted before the pass ends.
+        on_step: called at every event, if set: somebody watches the memory.
+        on_arrival: called with a block whose bytes have come in, before the model sees them; may refuse them.
         on_torn: called before the next use after an interruption; puts a plan in force anew.
         depth: how many wrapped calls are in progress.
         running: a pass is in progress.
@@ -79,6 +82,8 @@ class Engine:
         self.on_touch: Callable[[], None] = lambda: None
         self.on_torn: Callable[[], None] = lambda: None
         self.on_boundary: Callable[[], None] | None = None
+        self.on_step: Callable[[], None] | None = None
+        self.on_arrival: Callable[[BlockState], None] | None = None
         self.depth = 0
         self.running = False
         self.torn = False
@@ -88,7 +93,6 @@ class Engine:
         self.closed = ""
         self._owned = owned
         self._reader = reader
-        self._timeline = timeline
         self._failed = False
         self._swapper = Swapper(reader, ledger)
         self._prefetcher = Prefetcher(self._swapper)
@@ -103,7 +107,7 @@ class Engine:
         self._holds: list[Hold] = []
         self._has_residents = False
         self._resumed = 0.0
-        self._computing: tuple[str, float] = ("", 0.0)
+        self._lane = ComputeLane(timeline)
         for weight in self.weights:
             weight.owner = self
 
@@ -117,6 +121,7 @@ class Engine:
         self.blocks = blocks
         self._block_of = {weight.index: block for block in blocks for weight in block.weights}
         self._swapper.use(slab, blocks, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
+        self._swapper.held_besides = plan.fixed_bytes
         self.events = trace.events if trace is not None else []
         self.where = {}
         for step, event in enumerate(self.events):
@@ -216,7 +221,7 @@ class Engine:
             started=now, steps=len(self.events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
         )
         self._resumed = now
-        self._computing = ("", now)
+        self._lane.begin(now)
 
     def mend(self) -> None:
         """After an interruption: nothing the engine had noted is trusted."""
@@ -239,7 +244,7 @@ class Engine:
         """The pass or sweep has ended."""
         self.running = False
         now = time.perf_counter()
-        self._timeline_compute("", now)
+        self._lane.add("", now)
         for block in list(self._pinned):
             self._unpin(block)
         complete = not self._failed and not self.record.jumped and self.pos == len(self.events) - 1
@@ -257,6 +262,8 @@ class Engine:
         pos = self.pos
         if pos >= 0:
             self.record.step_seconds[pos] += now - self._resumed
+        if self.on_step is not None:
+            self.on_step()
         if self.on_boundary is not None:
             self.on_boundary()
         if self.observed is not None:
@@ -382,9 +389,20 @@ class Engine:
             after = time.perf_counter()
             self.record.stalled(block.index, after - before)
             self._resumed += after - before  # a wait in the middle of a step is not computing
-            self._timeline_compute(block.name, before, after)
+            self._lane.add(block.name, before, after)
+        if self.on_arrival is not None:
+            self._inspect(block)
         if self.observed is None:  # else every operator has to meet the stand-ins, or its use goes unseen
             block.show()
+
+    def _inspect(self, block: BlockState) -> None:
+        if self.on_arrival is None or block.shown:
+            return
+        try:
+            self.on_arrival(block)
+        except BaseException:
+            self._swapper.evict(block)
+            raise
 
     def _make_place(self, block: BlockState) -> None:
         """Free the block's addresses, or give it memory of its own if those in use need them."""
@@ -414,6 +432,7 @@ class Engine:
         if all(block.state is State.IN for block in residents):
             self._prefetcher.unclaim()
             for block in residents:
+                self._inspect(block)
                 block.show()
             self._prefetcher.arrange([hold for hold in self._holds if not hold[2].resident])
             self._has_residents = False
@@ -427,6 +446,7 @@ class Engine:
 
         Raises:
             SessionClosedError: nobody is left to load them.
+            TiledWeightError: one of them never is in as a whole.
         """
         # In a sweep the lock is held for all of its threads, of which one runs at a time.
         with self.lock if self.crew is None or not self.crew.is_member() else nullcontext():
@@ -436,9 +456,13 @@ class Engine:
             if not inside:
                 self.mend()
                 self.on_touch()
+            if not self.blocks:
+                raise StreamedModelError("no plan is in force: a change of it was interrupted; call the model again")
             blocks = []
             self.misses += inside
             for weight in weights:
+                if weight.tiled:
+                    raise TiledWeightError(whole_asked_for(weight))
                 if self.observed is not None:
                     self.observed.use(weight.index)
                 block = self._block_of.get(weight.index)
@@ -466,14 +490,6 @@ class Engine:
                         self._pin(block, self._pinned.get(block, -1))
                     elif block.pins == 0 and block.private is not None:
                         self._swapper.evict(block)
-
-    def _timeline_compute(self, name: str, now: float, resume: float | None = None) -> None:
-        current, since = self._computing
-        if now > since:
-            self._timeline.add(TimelineEvent("compute", current, since, now))
-        if resume is not None and resume - now > 2e-5:
-            self._timeline.add(TimelineEvent("stall", name, now, resume))
-        self._computing = (name, resume if resume is not None else now)
 
 
 def _empty(slot: Slot) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
-from narrowboat.errors import BudgetError, ModelError
+from narrowboat.errors import BudgetError, ModelError, ProfileError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
@@ -23,16 +23,27 @@ from narrowboat.plan.group import sweep
 from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import Machine, Workload
 from narrowboat.plan.result import Plan
+from narrowboat.plan.table import PlanTable
 from narrowboat.profile.measure import estimate_steps
+from narrowboat.profile.measured import MeasuredProfile, identity_of, load_profile, read_profile, save_profile
 from narrowboat.profile.memory import activation_parts, fault_seconds, in_flight_bytes
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
+from narrowboat.profile.tiles import Tiling
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
 from narrowboat.profile.warmup import warm_up_tracer
 from narrowboat.profile.workload import Group, form_groups
 
 NO_EXAMPLE = "no example inputs"
-_PAGE = 4096
+# What an operator says of shapes that do not go together, on fake tensors as on real ones.
+_MISFIT = (
+    "shapes cannot be multiplied",
+    "must have same reduction dim",
+    "size mismatch",
+    "Given groups=",
+    "Given normalized_shape=",
+    "to have the same number of channels",
+)
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -55,6 +66,10 @@ class Prepared:
         in_flight_correction: bytes by which the reserve for each input beyond the first is changed.
         left_behind: bytes beside the weights that the process still held when the last map had ended.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
+        measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
+        tiling: which layers are computed in tiles; None where all are in one piece.
+        least: the smallest budget with which any tiling of the model can be streamed, and what sets it; None until
+            ``stream.tiling.fit`` has looked.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -77,6 +92,10 @@ class Prepared:
     together: int = 1
     in_flight_correction: int = 0
     left_behind: int = 0
+    measured: MeasuredProfile | None = None
+    _table: tuple[object, PlanTable] | None = field(default=None, repr=False)
+    tiling: Tiling | None = None
+    least: tuple[int, str] | None = None
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
     @property
@@ -116,7 +135,8 @@ class Prepared:
             least_of = min(self._policies, key=lambda p: minimum_budget(self._workload(p, together)[0])[0])
             make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
         assert best is not None
-        return replace(best[0], minimum=least, limiter=limiter), best[1], best[2]
+        least, limiter = self.least or (least, limiter)
+        return replace(best[0], minimum=least, limiter=limiter, tiled=self.tiled), best[1], best[2]
 
     def _best(
         self, machine: Machine, budget: int, together: int, left_behind: int, thorough: bool
@@ -134,13 +154,73 @@ class Prepared:
         return best
 
     def check(self, budget: int) -> tuple[int, str]:
-        """The smallest budget under any allocator policy, and the layer that sets it.
+        """The smallest budget under any allocator policy with these tiles, and the layer that sets it.
 
         Raises:
             BudgetError: ``budget`` is below it.
         """
         workloads = [self._workload(policy)[0] for policy in self._policies]
         return check_budget(min(workloads, key=lambda w: minimum_budget(w)[0]), budget)
+
+    def look_up(self, machine: Machine, budget: int) -> tuple[Plan, list[Group]]:
+        """A plan for another budget: from the table if there is one, which takes no search; else as ``choose``.
+
+        Raises:
+            BudgetError: as ``choose``.
+        """
+        least, limiter = self.check(budget)
+        usual = self.scheme == "best" and self.together == 1  # what the table was made for
+        found = self._plan_table(machine, (least, limiter)).best(budget) if usual else None
+        if found is None:
+            return self.choose(machine, budget)
+        self.policy = MallocPolicy(found.policy)
+        return replace(found.plan, minimum=least, limiter=limiter), self._workload(self.policy)[1]
+
+    def _plan_table(self, machine: Machine, least: tuple[int, str]) -> PlanTable:
+        rows = self.measured.table if self.measured is not None else []
+        made_from = (machine, self.step_seconds, tuple(self.corrections.items()), len(rows))
+        if self._table is None or self._table[0] != made_from:
+            workloads = {policy.value: self._workload(policy)[0] for policy in self._policies}
+            try:
+                table = PlanTable.from_json(rows, workloads, machine, least)
+            except (KeyError, TypeError, ValueError, IndexError):
+                table = PlanTable([])  # kept by another version
+            self._table = made_from, table
+        return self._table[1]
+
+    def learn(self, step_seconds: Sequence[float], slow: float, bandwidth: float) -> None:
+        """Take in what a pass took, and keep it for later processes.
+
+        Args:
+            step_seconds: computing time of each step, seconds.
+            slow: the factor by which reading beside it is thought to have slowed it down.
+            bandwidth: of the storage during it, bytes per second.
+        """
+        self.step_seconds = tuple(seconds / slow for seconds in step_seconds)
+        self.measured_under = self.policy
+        if self.measured is not None:
+            self.measured.step_seconds = list(self.step_seconds)
+            self.measured.policy = self.policy.value
+            self.measured.bandwidths = self.measured.bandwidths or [bandwidth]
+            save_profile(self.measured)
+
+    def reserve_for(self, nbytes: int) -> None:
+        """A trace that a real pass made knows no activations: set aside what the pass took beside the weights."""
+        self.fixed_parts["activations"] = max(nbytes, 0)
+
+    def take(self, path: Path) -> None:
+        """Plan from the profile in a file.
+
+        Raises:
+            ProfileError: it cannot be read, or is of another model, input, machine or setting.
+        """
+        if self.measured is None:
+            raise ProfileError(f"profile {path} cannot be used: the model was not traced ({self.why_untraced})")
+        found = read_profile(path, self.measured.identity)
+        if self.trace is None or len(found.step_seconds) != len(self.trace.uses):
+            raise ProfileError(f"{path} was measured with another trace: measure anew with narrowboat profile")
+        self.measured, self.step_seconds = found, tuple(found.step_seconds)
+        self.measured_under = MallocPolicy(found.policy)
 
     def correct(self, nbytes: int) -> None:
         """Change the reserve of the policy in force."""
@@ -150,6 +230,12 @@ class Prepared:
         """A budget in bytes that holds everything under any allocator policy."""
         workloads = [self._workload(policy)[0] for policy in self._policies]
         return max(w.weight_bytes + w.fixed_bytes for w in workloads)
+
+    @property
+    def tiled(self) -> tuple[tuple[str, int], ...]:
+        """The layers cut, by name, each with its number of pieces; 0 for a table whose rows are read on demand."""
+        layers = self.tiling.layers if self.tiling else ()
+        return tuple((layer.name, 0 if layer.table else max(len(layer.tiles), 1) * layer.strips) for layer in layers)
 
     @property
     def _policies(self) -> tuple[MallocPolicy, ...]:
@@ -163,7 +249,8 @@ class Prepared:
         except BudgetError:
             workload, groups = self._workload(self.policy)
             plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
-        return replace(plan, minimum=min(plan.minimum, before.minimum), limiter=before.limiter), groups
+        least = min(plan.minimum, before.minimum)
+        return replace(plan, minimum=least, limiter=before.limiter, tiled=self.tiled), groups
 
     def _workload(self, policy: MallocPolicy, together: int = 1, left_behind: int = 0) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
@@ -174,6 +261,9 @@ class Prepared:
         reserved = dict(self.fixed_parts)
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
+            if trace.cache_bytes:
+                reserved["activations"] = max(reserved["activations"] - trace.cache_bytes, 0)
+                reserved["kv-cache"] = trace.cache_bytes
             correction = self.corrections.get(policy, 0)
             if together > 1:
                 correction = max(correction, 0)  # what single passes did not need, several heaps may
@@ -196,7 +286,7 @@ class Prepared:
 
 def prepare(
     model: Callable[[], nn.Module] | nn.Module,
-    weights: str | Path,
+    weights: str | Path | WeightsIndex,
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     *,
     strict: bool = True,
@@ -205,7 +295,7 @@ def prepare(
 
     Args:
         model: factory or module.
-        weights: file or folder.
+        weights: file or folder, or the index of one.
         example: ``(args, kwargs)`` of one pass, or None.
         strict: refuse tensors in the file that the model does not have.
     """
@@ -213,10 +303,11 @@ def prepare(
     module = build_skeleton(model)
     # What a factory imports (transformers: 150 MiB) is the process's, like torch; a skeleton itself is small.
     libraries = max(process_memory().rss - before, 0) if len(sys.modules) > loaded else 0
-    index = open_index(weights)
+    index = weights if isinstance(weights, WeightsIndex) else open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
     trace: UseTrace | None = None
+    measured: MeasuredProfile | None = None
     why = NO_EXAMPLE
     if example is not None:
         _refuse_foreign_arguments(module, example)
@@ -231,10 +322,19 @@ def prepare(
                 save_trace(key, trace)
             except TraceError as error:
                 why = str(error)
+                if any(phrase in why for phrase in _MISFIT):
+                    raise ModelError(f"the example inputs do not fit {type(module).__name__}: {why}") from error
+        if trace is not None:
+            identity = identity_of(key, index.digest)
+            measured = load_profile(identity) or MeasuredProfile(identity, "", [])
+            if len(measured.step_seconds) != len(trace.uses):
+                measured = MeasuredProfile(identity, "", [])
+    known = measured is not None and bool(measured.step_seconds)
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
     if not index.packed:
-        parts["staging"] = storage.depth * (storage.chunk + 2 * _PAGE)
+        storage = storage.for_copies()
+        parts["staging"] = storage.staging_bytes
     parts["bookkeeping"] = _PER_WEIGHT * len(matched.weights)
     return Prepared(
         module,
@@ -244,10 +344,18 @@ def prepare(
         parts,
         _owned(module, matched.numbers),
         storage,
-        estimate_steps(trace) if trace is not None else (),
-        "" if trace is not None else why,
-        libraries,
+        step_seconds=_step_seconds(trace, measured if known else None),
+        why_untraced="" if trace is not None else why,
+        library_bytes=libraries,
+        measured_under=MallocPolicy(measured.policy) if measured is not None and known else None,
+        measured=measured,
     )
+
+
+def _step_seconds(trace: UseTrace | None, measured: MeasuredProfile | None) -> tuple[float, ...]:
+    if measured is not None:
+        return tuple(measured.step_seconds)
+    return estimate_steps(trace) if trace is not None else ()
 
 
 def _refuse_foreign_arguments(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:

@@ -209,7 +209,7 @@ class Reader:
                 while not job.done:
                     if self._closed:
                         raise StorageError("the session was closed while weights were being read")
-                    self._cond.wait(1.0)
+                    self._wait_a_while()
         if job.error is not None:
             raise job.error
 
@@ -217,12 +217,26 @@ class Reader:
         """Wait until nothing is queued or under way."""
         with self._cond:
             while (self._queue or self._active) and not self._closed:
-                self._cond.wait(1.0)
+                self._wait_a_while()
+
+    def _wait_a_while(self) -> None:
+        # An interruption between queueing and waking the workers would have both sides wait for ever.
+        if self._queue and not self._active:
+            self._cond.notify_all()
+        self._cond.wait(1.0)
 
     def busy(self) -> float:
         """``busy_seconds`` up to now."""
         with self._cond:
             return self.busy_seconds + (time.perf_counter() - self._busy_since if self._active else 0.0)
+
+    def forget_threads(self) -> None:
+        """In a forked child: its threads do not exist, and a lock that one of them held is never released."""
+        self._cond = threading.Condition()
+        self._closed = True
+        self._queue.clear()
+        self._active = 0
+        self._threads.clear()
 
     def close(self, *, wait: bool = True) -> None:
         """Stop the threads and close the files; reads under way are finished first."""
@@ -249,8 +263,8 @@ class Reader:
             thread = threading.Thread(
                 target=self._work, args=(worker,), name=f"narrowboat-reader-{worker}", daemon=True
             )
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _work(self, worker: int) -> None:
         staging: mmap.mmap | None = None

@@ -8,7 +8,6 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,23 +23,27 @@ from narrowboat.errors import (
     UsageError,
 )
 from narrowboat.machine.malloc import set_malloc_policy, trim
-from narrowboat.machine.memory import process_memory
+from narrowboat.machine.memory import resident_bytes
 from narrowboat.machine.openmp import warn_about_openmp
-from narrowboat.plan.make import retime
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.skeleton import attach_slots
+from narrowboat.profile.tiles import install, uninstall
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes, parse_bytes
 from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
+from narrowboat.stream.integrity import Integrity
 from narrowboat.stream.map import Maps
+from narrowboat.stream.memory_watch import MemoryWatch
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.rows import RowReader
+from narrowboat.stream.settle import learn, settle
 from narrowboat.stream.stats import collect
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
@@ -48,10 +51,6 @@ from narrowboat.trace import Trace
 log = logging.getLogger("narrowboat")
 _SETTLE_AFTER = 2  # complete passes before the plan is made anew from what they measured
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-_NOISE = 1 << 20  # bytes the interpreter itself comes and goes by
-_MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
-_ROOM_AT_REST = 16  # a sixteenth of the reserve has to be free between passes
-_WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
 
 
 class Session:
@@ -64,6 +63,7 @@ class Session:
         plan: the plan in force (``print(session.plan)`` explains it).
         ledger: who holds how many bytes.
         baseline: resident bytes of the process when the session began.
+        memory: what the process took since.
         files: the weights files, open.
         slab: the memory; None once closed.
         records: what the last 256 passes took.
@@ -81,6 +81,7 @@ class Session:
         budget: int,
         io: str,
         lock_memory: bool,
+        verify: str,
         baseline: int,
         cleanup: Callable[[], None] | None = None,
     ) -> None:
@@ -90,19 +91,19 @@ class Session:
         self._budget = budget
         self._cleanup = cleanup
         self._lock_memory = lock_memory
+        self._pid = os.getpid()
         self.baseline = baseline
-        self._peak_before = process_memory().hwm
+        self.memory = MemoryWatch(baseline)
         self._closed = False
         self.ledger = Ledger()
         self.timeline = Trace()
         self.records: deque[PassRecord] = deque(maxlen=256)
         self.passes = 0
         self.complete_passes = 0
-        self._sampled_peak = 0
-        self._peak_answered = 0
         self._change = BudgetChange(self)
         self.settled = False
         self.maps = Maps(self)
+        self.following = False  # budget="auto"
         self.slab: Slab | None = None
         pairs = zip(index.files, index.stamps, strict=True)
         self.files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
@@ -117,16 +118,23 @@ class Session:
             self.files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
         )
         try:
-            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files))
+            contention = prepared.measured.contention if prepared.measured is not None else 0.0
+            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files), contention=contention)
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap
+            if prepared.tiling is not None:
+                rows = RowReader(self.reader, self._file_number, [stamp.size for stamp in index.stamps])
+                install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)
             attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
             self.engine.on_touch = self._check_files
             self.engine.on_torn = self._readopt
+            if verify != "off":
+                integrity = Integrity(verify, index.digests, index.files[0])
+                self.engine.on_arrival = lambda block: integrity.check(block, self._slab_in_force())
             modules = prepared.module.modules()
             self._norms = [m for m in modules if getattr(m, "track_running_stats", False) and list(m.buffers(False))]
             if prepared.trace is None:
@@ -135,6 +143,8 @@ class Session:
         except BaseException:
             self.reader.close()
             self._close_files()
+            if prepared.tiling is not None:
+                uninstall(prepared.module, prepared.tiling)
             raise
         wrap_modules(prepared.module, self.engine)
         _open_sessions.add(self)
@@ -151,12 +161,15 @@ class Session:
     def budget(self) -> int:
         """Bytes the session may use over the process baseline; set it to change it while the session lives.
 
+        A session with ``budget="auto"`` no longer follows the machine from then on.
+
         Takes effect before the assignment returns, or, while a pass is in progress, at its next block boundary (less)
         or its end (more). What stays resident is not read again; what goes is given back at once; no answer changes.
 
         Raises:
             BudgetError: the new budget cannot hold the model; the one in force stays.
             QuantityError: it is no size.
+            StreamedModelError: weights that would move have been written to; the change would be lost.
             SessionClosedError: the session is closed.
         """
         return self._budget
@@ -168,14 +181,16 @@ class Session:
     def change_budget(self, value: int | str, *, cause: str) -> None:
         """What setting ``budget`` does, with a ``cause`` for the trace."""
         nbytes = parse_bytes(value, what="budget")
-        if self._closed:
+        if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
-        self.prepared.check(nbytes)
+        self._check(nbytes)
+        if cause == "asked":
+            self.following = False
         self._change.ask(nbytes, cause)
 
     @property
     def min_budget(self) -> int:
-        """The smallest budget in bytes with which this model can be streamed."""
+        """The smallest budget in bytes with which this model can be streamed: anew, if that takes other tiles."""
         return self.plan.minimum
 
     @property
@@ -196,11 +211,9 @@ class Session:
     def peak_bytes(self) -> int:
         """Most resident memory of the process over its baseline since the session began.
 
-        From the kernel's high-water mark where it has risen since, else from samples at the end of passes.
+        From the kernel's high-water mark where it has risen since, else from samples.
         """
-        memory = process_memory()
-        peak = memory.hwm if memory.hwm > self._peak_before else max(self._sampled_peak, memory.rss)
-        return max(peak - self.baseline, 0)
+        return self.memory.peak
 
     def trace(self) -> Trace:
         """The timeline of the recent passes; ``.save_chrome(path)`` writes it for Perfetto."""
@@ -254,7 +267,8 @@ class Session:
         with self.engine.lock:
             self._closed = True
             try:
-                self.engine.let_go()
+                if os.getpid() == self._pid:  # in a forked child, copying what others kept could wait for ever
+                    self.engine.let_go()
             except NarrowboatError as error:
                 log.warning("%s", error)
             self.engine.closed = (
@@ -289,10 +303,18 @@ class Session:
         Args:
             budget: bytes of the budget it was made for, where that is another.
         """
+        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+        try:
+            self._replace(plan, groups)
+        except BaseException:
+            # Half of it may be done: the next use begins anew with the plan that is noted.
+            self.engine.torn = True
+            raise
         if budget is not None:
             self._budget = budget
-            self._peak_answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
-        log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
+            self.memory.answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
+
+    def _replace(self, plan: Plan, groups: list[Group]) -> None:
         before, slab = self.plan, self.slab
         if slab is None or plan.blocks != before.blocks:
             self.engine.let_go()
@@ -306,28 +328,64 @@ class Session:
 
     def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState]) -> None:
         assert self.slab is not None
-        self.plan = plan
-        self.ledger.set("resident", plan.resident_bytes)
-        self.ledger.set("window", plan.window_bytes)
         packed = self._index.packed
         blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, packed=packed)
         self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
+        self.plan = plan
+        self.ledger.set("resident", plan.resident_bytes)
+        self.ledger.set("window", plan.window_bytes)
+
+    def refuse_written(self) -> None:
+        """Before weights move.
+
+        Raises:
+            StreamedModelError: one was written to since it came in: that would be lost.
+        """
+        for weight in self._weights:
+            if any(slot.other is not None and slot.written for slot in weight.slots):
+                raise StreamedModelError(
+                    f"weight {weight.name!r} was modified in place, and the change would be lost if it had to move: "
+                    "save the weights, pack them, and stream the model from the new file"
+                )
+
+    def _slab_in_force(self) -> Slab:
+        assert self.slab is not None
+        return self.slab
+
+    def _check(self, nbytes: int) -> None:
+        """Refuse a budget that the layers as they are tiled cannot do with; only streaming anew tiles others."""
+        try:
+            self.prepared.check(nbytes)
+        except BudgetError as error:
+            anew = self.plan.minimum
+            if anew >= error.minimum:
+                raise
+            raise BudgetError(
+                f"{error}; streamed anew, perhaps in smaller tiles, it could go down to {format_bytes(anew)}",
+                minimum=error.minimum,
+                limiter=error.limiter,
+            ) from None
 
     def _before_pass(self) -> None:
         if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
             raise GradientError(
                 "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
-                "torch.no_grad(); to train inside a budget use nb.train_step(model, loss_fn, optimizer, budget=...)"
+                "torch.no_grad(). Training inside a budget (nb.train_step) is not built yet: train the plain model"
             )
         if any(norm.training for norm in self._norms):
             raise StreamedModelError(
                 "the model is in training mode, and its normalisation layers would write running statistics into "
-                "streamed weights: call model.eval(); to train inside a budget use nb.train_step"
+                "streamed weights: call model.eval()"
             )
         self._check_files()
+        self.engine.on_step = self.memory.sample if self.memory.blind(self._budget) else None
 
     def _readopt(self) -> None:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""
+        try:
+            self.refuse_written()
+        except StreamedModelError as error:
+            log.warning("after an interruption all weights are read anew: %s", error)
         self.engine.abandon()
         self.ledger.set("off_plan", 0)
         self._adopt(self.plan, self.prepared.workload()[1])
@@ -345,20 +403,20 @@ class Session:
 
     def note_sweep(self) -> int:
         """A sweep of several is over; returns by how many bytes it went over the budget, if that is not answered."""
-        self._sample()
-        over = max(self._overrun(), 0)
+        self._look()
+        over = max(self.overrun(), 0)
         if over:
-            self._peak_answered = self.peak_bytes
+            self.memory.answered = self.peak_bytes
         return over
 
     def beside_weights(self) -> int:
         """Bytes the process holds over its baseline and the arena; 0 where other sessions may hold some of them."""
-        if len(_open_sessions) != 1:
+        if not self.alone:
             return 0
-        return max(process_memory().rss - self.baseline - self.plan.arena_bytes, 0)
+        return max(resident_bytes() - self.baseline - self.plan.arena_bytes, 0)
 
     def _take_note(self, record: PassRecord) -> None:
-        self._sample()
+        self._look()
         if self.records:
             self.records[-1].forget_details()
         self.records.append(record)
@@ -368,90 +426,31 @@ class Session:
         if observed is not None:
             self.engine.observed = None
             if observed.events:
-                self._learn(observed, record)
+                learn(self, observed, record)
         elif self.maps.in_force:
             return  # what a pass beside a map takes says nothing of one alone
         elif not self.settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
             self.settled = True
-            self._settle(record)
-        elif self.settled and self._overrun() > 0:
-            self._settle(record)
+            settle(self, record)
+        elif self.settled and self.overrun() > 0:
+            settle(self, record)
 
-    def _sample(self) -> None:
+    def _look(self) -> None:
+        """After passes: are the files still those that were opened, and how much is held?"""
         for file in self.files:
             file.check_open_file()
-        resident = process_memory().rss
-        self._sampled_peak = max(self._sampled_peak, resident)
-        # The heap's holes grow over the first passes. At rest they must leave the next pass room to use others.
-        if resident - self.baseline > self._budget - self.plan.fixed_bytes // _ROOM_AT_REST:
-            trim()
+        self.memory.rest(self._budget, self.plan.fixed_bytes)
 
-    def _learn(self, observed: UseTrace, record: PassRecord) -> None:
-        """The first real pass was the trace: plan by it."""
-        self.prepared.trace = observed
-        share = record.compute / max(len(observed.events), 1)
-        self.prepared.step_seconds = tuple(share for _ in observed.events)
-        try:
-            plan, groups = self.prepared.choose(self.machine, self._budget)
-        except NarrowboatError as error:
-            # It ran, by loading on demand; without a plan it goes on doing so.
-            log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
-            self.prepared.trace = None
-            return
-        self.put_in_force(plan, groups)
+    @property
+    def alone(self) -> bool:
+        """Whether no other session is open: the kernel counts for the process, and cannot say whose bytes they are."""
+        return len(_open_sessions) == 1
 
-    def _settle(self, record: PassRecord) -> None:
-        """Plan again from measured times and memory; move only if it is worth reading the resident set again."""
-        prepared = self.prepared
-        prepared.step_seconds, prepared.measured_under = tuple(record.step_seconds), prepared.policy
-        if record.read_busy > 0.005 and record.bytes_read:
-            self.machine = Machine(bandwidth=record.bytes_read / record.read_busy)
-        before = self.plan
-        self.plan = replace(
-            retime(before, prepared.workload()[0], self.machine), minimum=before.minimum, limiter=before.limiter
-        )
-        if any(s.other is not None and s.written for w in self._weights for s in w.slots):
-            return
-        over = self._correct_reserve()
-        if not over and not self.plan.streamed:
-            return
-        try:
-            better, groups = prepared.remake(self.machine, self._budget, self.plan)
-        except BudgetError as error:
-            log.warning("%s", error)
-            return
-        if over or better.predicted_latency < self.plan.predicted_latency * (1 - _WORTH_MOVING):
-            self.put_in_force(better, groups)
-
-    def _correct_reserve(self) -> bool:
-        """Set the reserve beside the weights by what two passes really took; True if they took more than they may."""
-        if len(_open_sessions) != 1:
-            return False  # the kernel counts for the process: nobody can say whose bytes they are
-        prepared = self.prepared
-        over = self._overrun()
-        if over > 0:
-            prepared.correct(over)
-            self._peak_answered = self.peak_bytes
-            log.warning(
-                "a pass took %s more than the budget; the plan gives that much back from the weights",
-                format_bytes(over),
-            )
-            return True
-        if (
-            not self._peak_answered and process_memory().hwm > self._peak_before
-        ):  # else the peak is a sample, and could have been missed
-            taken = self.peak_bytes - self.plan.arena_bytes
-            spare = self.plan.fixed_bytes - int(taken * _MARGIN) - _NOISE
-            if spare > self._budget // 50:
-                prepared.correct(-spare)
-        return False
-
-    def _overrun(self) -> int:
-        """Bytes by which a pass went over the budget, or over the peak that was last answered by a new plan."""
-        if len(_open_sessions) != 1:
+    def overrun(self) -> int:
+        """Bytes by which passes went over the budget unanswered; 0 where other sessions may have taken them."""
+        if not self.alone:
             return 0
-        over = self.peak_bytes - max(self._budget, self._peak_answered)
-        return over if over > min(self._budget // 100, _NOISE) else 0
+        return self.memory.overrun(self._budget, self.ledger.total)
 
     def _close_files(self) -> None:
         for file in self.files:
@@ -465,6 +464,8 @@ class Session:
             for slot in weight.slots:
                 slot.release()
             weight.slots.clear()
+        if self.prepared.tiling is not None:
+            uninstall(self.prepared.module, self.prepared.tiling)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.passes} passes"
@@ -476,8 +477,9 @@ def _after_fork() -> None:
     for session in list(_open_sessions):
         session.engine.closed = (
             "this process was forked from the one that streams the model, and its reader did not come along: "
-            "stream the model again here, or start workers with the 'spawn' method"
+            "start workers with the 'spawn' method, and stream the model in them"
         )
+        session.reader.forget_threads()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -40,6 +40,7 @@ def collect(session: Session) -> dict[str, Any]:
     copied_bytes             bytes   read bytes that needed one copy (the file is not packed)
     direct_io                bool    storage is read past the page cache
     direct_io_refusal        text    why not
+    tiled_layers             count   by layer too large to be in whole: its pieces (0: a table read by rows)
     bandwidth_bytes_per_s    B/s     storage as measured, processor busy
     misses                   count   operators that met a weight that was out
     jumps                    count   module calls out of the traced order
@@ -90,6 +91,7 @@ def collect(session: Session) -> dict[str, Any]:
         "copied_bytes": session.reader.bytes_copied,
         "direct_io": session.direct_io,
         "direct_io_refusal": next((f.refusal for f in session.files if f.refusal), ""),
+        "tiled_layers": dict(plan.tiled),
         "bandwidth_bytes_per_s": session.machine.bandwidth,
         "misses": session.engine.misses,
         "jumps": session.engine.jumps,

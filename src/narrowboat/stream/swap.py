@@ -20,6 +20,7 @@ class Swapper:
 
     Attributes:
         room_off_plan: bytes of the budget that the plan leaves free, for blocks loaded beside it.
+        held_besides: bytes of the budget that the plan sets aside for other things than weights.
     """
 
     def __init__(self, reader: Reader, ledger: Ledger) -> None:
@@ -27,6 +28,7 @@ class Swapper:
         self._ledger = ledger
         self._slab: Slab | None = None
         self.room_off_plan = 0
+        self.held_besides = 0
 
     def use(self, slab: Slab, blocks: list[BlockState], room_off_plan: int) -> None:
         """Bind the views of ``blocks`` to their places in ``slab``."""
@@ -101,7 +103,7 @@ class Swapper:
         if written:
             raise StreamedModelError(
                 f"weight {written!r} was modified in place while streamed; the change is lost, because weights are "
-                "read from their file: call model.eval() if this is a normalisation layer, or train with nb.train_step"
+                "read from their file: call model.eval() if this is a normalisation layer"
             )
 
     def give_private(self, block: BlockState) -> None:
@@ -115,7 +117,7 @@ class Swapper:
                 f"{block.name} ({format_bytes(block.nbytes)}) is used outside the traced order while its place in "
                 "memory is in use, and the budget has no room beside the plan: raise the budget by that much, or "
                 "pass example inputs that take this path",
-                minimum=self._ledger.total + block.nbytes,
+                minimum=self.held_besides + self._ledger.total + block.nbytes,
                 limiter=block.name,
             )
         block.private = Slab(block.nbytes)

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from narrowboat.errors import StreamedModelError
+from narrowboat.profile.skeleton import streamed_modules
+from narrowboat.profile.tiled_forward import Tile
 from narrowboat.profile.use_trace import announces
 from narrowboat.stream.engine import Engine
 
@@ -24,12 +26,13 @@ _MARK = "_narrowboat_engine"
 
 def wrap_modules(root: nn.Module, engine: Engine) -> None:
     """Wrap every module of ``root`` that has weights below it, and ``root`` itself."""
-    for number, (name, module) in enumerate(root.named_modules()):
+    for number, (name, module) in enumerate(streamed_modules(root)):
         # A module without weights may be one object in many models (an activation kept in a table, say).
         if module is not root and not announces(module):
             continue
         module.__dict__[_MARK] = engine
-        _guard(module, name)
+        if not isinstance(module, Tile):  # nobody gets hold of one
+            _guard(module, name)
         forward = module.forward
         module.__dict__["_narrowboat_forward"] = module.__dict__.get("forward")
         module.forward = _wrap(engine, number, forward)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import UsageError
+from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.resolve import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from narrowboat.checkpoint import WeightsIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,12 @@ class Request:
     factory: Callable[[], nn.Module]
     weights: Path
     inputs: tuple[Any, ...] | None
+
+    @property
+    def source(self) -> Path | WeightsIndex:
+        """What to stream from: the weights, under the names that the model gives them."""
+        folder = self.resolved.factory
+        return folder.index() if isinstance(folder, FolderModel) and self.weights == folder.folder else self.weights
 
     def need_inputs(self) -> tuple[Any, ...]:
         """The inputs.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrowboat.errors import ModelError, UsageError
+from narrowboat.errors import ModelError, NarrowboatError, UsageError
+from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.model import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -46,16 +47,19 @@ class ResolvedModel:
 
 
 def resolve_model(spec: str) -> ResolvedModel:
-    """Import ``package.module:factory``; modules in the current folder are found too.
+    """Open a Hugging Face folder, or import ``package.module:factory``; modules in the current folder are found too.
 
     Raises:
         UsageError: not of that form, no such module, no such name in it, or not callable.
         ModelError: the module fails while it is imported, or its ``example_inputs`` does.
     """
     module_name, colon, attribute = spec.partition(":")
+    if (Path(spec).expanduser() / "config.json").is_file():
+        folder = FolderModel(Path(spec).expanduser())
+        return ResolvedModel(spec, folder, _example(spec, folder), IMAGENET_MEAN, IMAGENET_STD)
     if not colon or not module_name or not attribute:
-        what = "is a folder" if Path(spec).is_dir() else "is no model"
-        raise UsageError(f"{spec!r} {what}: give package.module:factory, {_EXAMPLE}")
+        what = "is a folder without a config.json" if Path(spec).is_dir() else "is no model"
+        raise UsageError(f"{spec!r} {what}: give a Hugging Face folder, or package.module:factory, {_EXAMPLE}")
     factory: Any = _import(module_name)
     walked = module_name
     for part in attribute.split("."):
@@ -99,6 +103,8 @@ def _example(spec: str, factory: Any) -> tuple[Any, ...] | None:
         return None
     try:
         example = make()
+    except NarrowboatError:
+        raise
     except Exception as error:
         raise ModelError(f"{spec}.example_inputs() failed: {type(error).__name__}: {error}") from error
     return example if isinstance(example, tuple) else (example,)

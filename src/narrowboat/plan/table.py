@@ -1,0 +1,110 @@
+"""The lookup table: plans made in advance, so that a change of budget is a look and not a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrowboat.plan.make import retime
+from narrowboat.plan.model import PAGE, Machine, Workload
+from narrowboat.plan.result import Plan
+from narrowboat.plan.timing import Timing
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One plan of the front.
+
+    Attributes:
+        policy: the allocator policy it counts on.
+        plan: the decisions.
+    """
+
+    policy: str
+    plan: Plan
+
+
+class PlanTable:
+    """Plans by budget: the Pareto front, smallest budget first.
+
+    Args:
+        rows: any plans of one workload; those that a smaller budget equals are left out.
+    """
+
+    def __init__(self, rows: Sequence[TableRow]) -> None:
+        self.rows: list[TableRow] = []
+        for row in sorted(rows, key=lambda r: (r.plan.budget, r.plan.predicted_latency)):
+            if not self.rows or row.plan.predicted_latency < self.rows[-1].plan.predicted_latency * (1 - 1e-9):
+                self.rows.append(row)
+
+    def best(self, budget: int) -> TableRow | None:
+        """The fastest plan that ``budget`` bytes hold, as a plan for that budget; None below the first."""
+        found = [row for row in self.rows if row.plan.budget <= budget]
+        if not found:
+            return None
+        return TableRow(found[-1].policy, replace(found[-1].plan, budget=budget))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The decisions; ``from_json`` makes the plans from them again."""
+        return [
+            {
+                "policy": row.policy,
+                "budget": row.plan.budget,
+                "latency_ms": row.plan.predicted_latency * 1e3,
+                "bytes_read": row.plan.timing.bytes_read,
+                "lower_bound_ms": row.plan.lower_bound * 1e3,
+                "fixed_bytes": row.plan.fixed_bytes,
+                "resident": sorted(row.plan.resident),
+                "streamed": list(row.plan.streamed),
+                "offsets": list(row.plan.offsets),
+                "resident_bytes": row.plan.resident_bytes,
+                "window_bytes": row.plan.window_bytes,
+            }
+            for row in self.rows
+        ]
+
+    @classmethod
+    def from_json(
+        cls, rows: Sequence[dict[str, Any]], workloads: dict[str, Workload], machine: Machine, least: tuple[int, str]
+    ) -> PlanTable:
+        """The table again, timed for this machine; rows that no longer fit the workload are left out.
+
+        Args:
+            rows: of ``to_json``.
+            workloads: what passes need under each allocator policy.
+            machine: the storage.
+            least: the smallest budget and what sets it.
+
+        Raises:
+            KeyError, TypeError, ValueError: these are no such rows.
+        """
+        made = []
+        for row in rows:
+            workload = workloads.get(row["policy"])
+            numbers = {*row["resident"], *row["streamed"]}
+            if workload is None or numbers != set(range(len(workload.blocks))):
+                continue
+            if any(offset % PAGE for offset in row["offsets"]):
+                continue
+            arena = int(row["resident_bytes"]) + int(row["window_bytes"])
+            if arena + workload.fixed_bytes > int(row["budget"]):
+                continue  # what is reserved beside the weights has grown since
+            plan = Plan(
+                budget=int(row["budget"]),
+                minimum=least[0],
+                limiter=least[1],
+                fixed_bytes=workload.fixed_bytes,
+                fixed_parts=workload.fixed_parts,
+                blocks=workload.blocks,
+                resident=frozenset(row["resident"]),
+                streamed=tuple(row["streamed"]),
+                offsets=tuple(row["offsets"]),
+                resident_bytes=int(row["resident_bytes"]),
+                window_bytes=int(row["window_bytes"]),
+                timing=Timing(0.0, 0.0, {}, 0, 0.0),
+                machine=machine,
+                lower_bound=float(row["lower_bound_ms"]) / 1e3,
+            )
+            made.append(TableRow(row["policy"], retime(plan, workload, machine)))
+        return cls(made)

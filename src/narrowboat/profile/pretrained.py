@@ -1,0 +1,239 @@
+"""A transformers model in a local folder: its class, its configuration, and its tensors under the model's own names.
+
+Nothing is fetched and no code of the folder's is run, unless that is asked for. What ``from_pretrained`` does with the
+weights is not needed: the module is built without storage for them, and they stay where they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowboat.checkpoint import WeightsIndex, open_index
+from narrowboat.errors import ModelError, WeightsFormatError
+from narrowboat.profile.skeleton import no_storage, tensor_names
+
+log = logging.getLogger("narrowboat")
+_AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model folder, opened; nothing of its weights is loaded.
+
+    Attributes:
+        folder: where it lies.
+        config: the model's configuration.
+        model: the skeleton, in ``eval()``, with the folder's generation settings.
+        index: the weights at rest, under the model's names.
+    """
+
+    folder: Path
+    config: Any
+    model: nn.Module
+    index: WeightsIndex
+
+
+def open_pretrained(folder: str | Path, *, trust_remote_code: bool = False) -> Pretrained:
+    """Open a Hugging Face folder.
+
+    Args:
+        folder: with ``config.json`` and weights, sharded or not.
+        trust_remote_code: run the Python files that the folder brings, where its model needs them.
+
+    Raises:
+        ModelError: no folder, no configuration, an unknown architecture, one that needs the folder's own code, or
+            quantised weights; transformers is not installed.
+        WeightsNotFoundError: the folder has no weights.
+        WeightsFormatError: its tensors are laid out as this architecture no longer has them.
+    """
+    path = Path(folder).expanduser()
+    config = _read_config(path, trust_remote_code)
+    index = open_index(path)
+    stored = _float_dtype(index)
+    kind = _model_class(config, path, trust_remote_code)
+    try:
+        with _default_dtype(stored), no_storage():
+            model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+    except Exception as error:
+        raise ModelError(f"{path}: {kind.__name__} cannot be built: {type(error).__name__}: {error}") from error
+    model.tie_weights()
+    model.eval()
+    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return Pretrained(path, config, model, _under_model_names(index, model, path))
+
+
+def first_input(opened: Pretrained, rows: int, length: int) -> torch.Tensor | None:
+    """Zeros to run a model on: token numbers [rows, length], or pixels [rows, channels, size, size]; None if neither.
+
+    Args:
+        opened: the model folder.
+        rows: samples.
+        length: tokens of each; no more than the model has positions.
+    """
+    config, model = opened.config, opened.model
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size = config.image_size
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return torch.zeros(rows, getattr(config, "num_channels", 3), size, size, dtype=dtype)
+    if name == "input_ids" and "input_ids" in inspect.signature(type(model).forward).parameters:
+        return torch.zeros(rows, min(length, positions(config)), dtype=torch.long)
+    return None
+
+
+def positions(config: Any) -> int:
+    """The most tokens of one sequence; a very large number where the configuration sets no limit."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 30
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is no model folder.
+
+    Raises:
+        ModelError: no folder, or no ``config.json`` in it.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is no folder: give a local Hugging Face folder (nothing is downloaded)")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is no Hugging Face model folder")
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    check_folder(path)
+    try:
+        from transformers import AutoConfig, PretrainedConfig
+    except ModuleNotFoundError as error:
+        raise ModelError("model folders need transformers: pip install 'narrowboat[hf]'") from error
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(path, local_files_only=True)
+        if "auto_map" in raw and not trust_remote_code and not _is_known(raw.get("model_type")):
+            raise ModelError(
+                f"{path} needs the Python files it brings: read them, and if you trust them pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            )
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path / 'config.json'} cannot be used: {first}") from error
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{path} holds quantised weights, which are not supported: use the unquantised ones")
+    return config
+
+
+def _is_known(model_type: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _model_class(config: Any, path: Path, trust_remote_code: bool) -> Any:
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    remote = getattr(config, "auto_map", None) or {}
+    for auto in _AUTO:
+        kind = getattr(transformers, auto)
+        if trust_remote_code and auto in remote:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            return get_class_from_dynamic_module(remote[auto], str(path), local_files_only=True)
+        if type(config) in kind._model_mapping:
+            return kind._model_mapping[type(config)]
+    named = ", ".join(getattr(config, "architectures", None) or ["none"])
+    raise ModelError(f"{path / 'config.json'}: transformers has no model class for it (architectures: {named})")
+
+
+def _float_dtype(index: WeightsIndex) -> torch.dtype:
+    """The floating-point type that most bytes are stored in: the one the model is built in."""
+    nbytes: Counter[torch.dtype] = Counter()
+    for entry in index.entries.values():
+        if entry.dtype.is_floating_point:
+            nbytes[entry.dtype] += entry.nbytes
+    return nbytes.most_common(1)[0][0] if nbytes else torch.get_default_dtype()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _under_model_names(index: WeightsIndex, model: Any, path: Path) -> WeightsIndex:
+    """The index with its tensors renamed as ``from_pretrained`` would."""
+    wanted = {name for _, names, _ in tensor_names(model).values() for name in names}
+    rename = _renaming(model, wanted, path)
+    names = {name: rename(name) for name in index.names()}
+    ignored = sorted(name for name, new in names.items() if new not in wanted)
+    if ignored:
+        log.info("%s holds %d tensors that the model does not use: %s", path, len(ignored), ", ".join(ignored[:5]))
+    return replace(
+        index,
+        entries={names[name]: replace(entry, name=names[name]) for name, entry in index.entries.items()},
+        aliases={names[name]: names[other] for name, other in index.aliases.items()},
+        digests={names.get(name, name): digest for name, digest in index.digests.items()},
+    )
+
+
+def _renaming(model: Any, wanted: set[str], path: Path) -> Any:
+    """A function from a stored name to the model's."""
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # before transformers 5, names differ by the prefix at most
+        return lambda name: _with_prefix(name, prefix, wanted)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def rename(name: str) -> str:
+        if name in wanted:
+            return name
+        new, converter = rename_source_key(name, renamings, converters)
+        new = _with_prefix(new, prefix, wanted)
+        if converter is not None and new in wanted:
+            raise WeightsFormatError(
+                f"{path}: {name} is stored in an older layout, of which {type(model).__name__} makes {new} while it "
+                "loads. Convert the folder once, on a machine with the memory for it: "
+                f"{type(model).__name__}.from_pretrained(folder, dtype='auto')"
+                ".save_pretrained(new_folder, save_original_format=False)"
+            )
+        return str(new)
+
+    return rename
+
+
+def _with_prefix(name: str, prefix: str, wanted: set[str]) -> str:
+    """A headless file in a model with a head, and the other way round."""
+    if name in wanted or not prefix:
+        return name
+    if f"{prefix}.{name}" in wanted:
+        return f"{prefix}.{name}"
+    return name.removeprefix(f"{prefix}.") if name.removeprefix(f"{prefix}.") in wanted else name

@@ -1,0 +1,162 @@
+"""The trace of a tiled model, from that of the same model in one piece: what changes is known, so nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from narrowboat.profile.rows import gather_bytes
+from narrowboat.profile.tiled_forward import CONVOLUTIONS
+from narrowboat.profile.tiles import TiledLayer, Tiling
+from narrowboat.profile.use_trace import ENTER, EXIT, UseTrace
+
+_KEPT = 64 << 10  # pieces from here on are given back to the system by the strict allocator policy
+_LARGE = 1 << 20  # and these by the balanced one
+_STRIPS = (2, 4, 8, 16, 32)
+_THIN = 256 << 10  # bytes of input that a strip should have: kernels choose their path by size
+
+
+@dataclass
+class _Convolution:
+    """Bytes of one convolution's step: what is alive around it, its input, its weight and its output."""
+
+    around: int
+    input: int
+    weight: int
+    output: int
+    rows: int
+
+    def peak(self, weight: int, part: float, strips: int, layer: Any) -> int:
+        """The most bytes alive if it is made of tiles of ``weight`` bytes, ``part`` of the output each, in strips."""
+        result = int(self.output * part / strips * 1.1) if strips > 1 else int(self.output * part) + 1
+        source = self.input
+        copies = 1
+        if strips > 1:
+            made = -(-self.rows // strips)
+            reach = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+            source = min(source, source * ((made - 1) * layer.stride[0] + reach) // (self.rows * layer.stride[0]))
+            copies = 2  # the strip itself, and the kernel's workspace
+        return self.around + copies * source + weight + 2 * result
+
+
+def _convolution(trace: UseTrace, step: int, weight: int) -> _Convolution:
+    output = trace.largest[step]
+    moved = int(trace.traffic[step])  # counted as workspace, on top of what was alive
+    around = max(trace.peaks[step] - moved, 0)
+    return _Convolution(around, max(moved - weight - output, 0), weight, output, max(trace.rows[step], 1))
+
+
+def plan_strips(module: nn.Module, trace: UseTrace, target: int) -> dict[int, int]:
+    """Into how many strips to cut the convolutions whose step holds more than ``target`` bytes, by module number.
+
+    Only where it brings the step down; the smallest number that reaches the target, or the largest worth having.
+    """
+    modules: list[Any] = [child for _, child in module.named_modules()]
+    found: dict[int, int] = {}
+    for step, (number, kind) in enumerate(trace.events):
+        layer = modules[number]
+        if kind != ENTER or trace.peaks[step] <= target or not _can_strip(layer):
+            continue
+        sizes = _convolution(trace, step, layer.weight.nbytes)
+        worth = [n for n in _STRIPS if n * 2 <= sizes.rows and sizes.input // n >= _THIN]
+        best = 1
+        for n in worth:
+            if sizes.peak(sizes.weight, 1.0, n, layer) < trace.peaks[step]:
+                best = n
+                if sizes.peak(sizes.weight, 1.0, n, layer) <= target:
+                    break
+        if best > 1:
+            found[number] = max(best, found.get(number, 1))
+    return found
+
+
+def _can_strip(layer: Any) -> bool:
+    return (
+        type(layer) in CONVOLUTIONS
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and "forward" not in layer.__dict__
+        and "weight" in layer._parameters
+    )
+
+
+def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
+    """The steps of one pass with a step of its own for each tile.
+
+    Peaks of activations are upper bounds: a tile's result lies beside the layer's output, and the workspace of a
+    convolution holds one tile of its weight instead of the whole, and one strip instead of the whole image.
+
+    Args:
+        trace: one pass of the model in one piece, taken on fake tensors.
+        tiling: what is cut.
+        module: the skeleton.
+    """
+    modules: list[Any] = [child for _, child in module.named_modules()]
+    layers = {layer.number: layer for layer in tiling.layers}
+    out = UseTrace(written=set(trace.written), output_bytes=trace.output_bytes)
+    taken = list(trace.taken)
+    starts, ends = [], []
+    for step, event in enumerate(trace.events):
+        starts.append(len(out.events))
+        _append(out, trace, step)
+        layer = layers.get(event[0]) if event[1] == ENTER else None
+        if layer is not None and layer.whole in trace.uses[step]:
+            if layer.table:
+                _look_up(out, trace, step, layer, tiling)
+            else:
+                piece = _tile(out, trace, step, layer, tiling, modules[layer.number])
+                for at, least in enumerate((_KEPT, _LARGE)):
+                    taken[at] += int(trace.traffic[step]) if piece >= least else 0
+        ends.append(len(out.events) - 1)
+    out.holds = [(w, starts[first], ends[last]) for w, first, last in trace.holds]
+    before = trace.activation_bytes if trace.activation_bytes > max(trace.peaks, default=0) else 0
+    out.activation_bytes = max([before, *out.peaks])
+    out.taken = (taken[0], taken[1])
+    return out
+
+
+def _append(out: UseTrace, trace: UseTrace, step: int) -> None:
+    """The step as it was."""
+    out.open_step(trace.events[step])
+    out.uses[-1] = list(trace.uses[step])
+    for name in ("flops", "traffic", "peaks", "largest", "looked_up", "rows"):
+        getattr(out, name)[-1] = getattr(trace, name)[step]
+
+
+def _tile(out: UseTrace, trace: UseTrace, step: int, layer: TiledLayer, tiling: Tiling, module: Any) -> int:
+    """Spread the step over the layer's tiles; returns the bytes of the pieces that are made one after the other."""
+    whole = tiling.weights[layer.whole].entry
+    rows, output = whole.shape[0], trace.largest[step]
+    widest = max((tiling.weights[t].entry.nbytes for t in layer.tiles), default=whole.nbytes)
+    most = max((stop - start for start, stop in layer.slices), default=rows) / rows
+    if layer.kind in CONVOLUTIONS and module.padding_mode == "zeros":
+        peak = _convolution(trace, step, whole.nbytes).peak(widest, most, layer.strips, module)
+    else:
+        peak = trace.peaks[step] + int(output * most) + 1
+    out.peaks[-1] = peak
+    piece = int(output * most / layer.strips)
+    if not layer.tiles:
+        return piece
+    flops, shared = trace.flops[step], max(trace.traffic[step] - whole.nbytes - output, 0.0)
+    out.uses[-1] = [w for w in trace.uses[step] if w != layer.whole]
+    out.flops[-1] = out.traffic[-1] = 0.0
+    for i, (tile, (start, stop)) in enumerate(zip(layer.tiles, layer.slices, strict=True)):
+        share = (stop - start) / rows
+        out.open_step((layer.first + i, ENTER))
+        out.use(tile)
+        # Every tile reads the input; its result is written, and copied to its place.
+        out.traffic[-1] = shared + tiling.weights[tile].entry.nbytes + 3 * output * share
+        out.flops[-1], out.peaks[-1], out.largest[-1] = flops * share, peak, int(output * share)
+        out.open_step((layer.first + i, EXIT))
+    return piece
+
+
+def _look_up(out: UseTrace, trace: UseTrace, step: int, layer: TiledLayer, tiling: Tiling) -> None:
+    whole = tiling.weights[layer.whole].entry
+    row = whole.nbytes // whole.shape[0]
+    indices = trace.looked_up[step]
+    out.uses[-1] = [w for w in trace.uses[step] if w != layer.whole]
+    out.traffic[-1] = max(trace.traffic[step] - whole.nbytes, 0.0) + indices * row
+    out.peaks[-1] = trace.peaks[step] + gather_bytes(layer.kind, indices, row)

@@ -1,0 +1,158 @@
+"""Latency against budget, for one model on one machine: the table, and its picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from narrowboat.checkpoint import WeightsIndex
+from narrowboat.errors import BudgetError, UsageError
+from narrowboat.plan.curve import budgets, front, knee, smallest_for
+from narrowboat.plan.model import Machine
+from narrowboat.plan.result import Plan
+from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.report.picture import require_matplotlib, save_png
+from narrowboat.report.run import run_model
+from narrowboat.stream.prepare import Prepared
+
+_POINTS = 32
+_MEASURED = 6
+_MIB = 1 << 20
+
+
+def pareto(
+    prepared: Prepared, machine: Machine, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[tuple[str, Plan]]:
+    """The Pareto front from the smallest budget to one that holds everything, as (allocator policy, plan).
+
+    Args:
+        prepared: the model; its policy is left as it was.
+        machine: its storage.
+        progress: called with (budgets done, budgets in all).
+    """
+    least = _least(prepared)
+    tried = budgets(least, max(prepared.enough(), least), _POINTS)
+    before, found = prepared.policy, []
+    for done, budget in enumerate(tried, start=1):
+        plan = prepared.choose(machine, budget, thorough=True)[0]
+        found.append((prepared.policy.value, plan))
+        progress(done, len(tried))
+    prepared.policy = before
+    kept = {id(plan) for plan in front(plan for _, plan in found)}
+    return [(policy, plan) for policy, plan in found if id(plan) in kept]
+
+
+def smallest_budget(prepared: Prepared, machine: Machine, target: float) -> Plan:
+    """The plan with the smallest budget that predicts at most ``target`` seconds per pass.
+
+    Raises:
+        UsageError: no budget does; says how short a pass can be.
+    """
+    points = [plan for _, plan in pareto(prepared, machine)]
+    found = smallest_for(target, points, lambda budget: prepared.choose(machine, budget, thorough=True)[0])
+    if found is None:
+        best = points[-1]
+        raise UsageError(
+            f"no budget gives {format_seconds(target)} per pass here: {format_bytes(best.budget)} gives "
+            f"{format_seconds(best.predicted_latency)}, of which {format_seconds(best.timing.compute)} is computing"
+        )
+    return found
+
+
+def measure_points(
+    factory: Callable[[], nn.Module],
+    weights: str | Path | WeightsIndex,
+    inputs: tuple[Any, ...],
+    points: Sequence[Plan],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[tuple[int, float]]:
+    """``(budget in bytes, median seconds of the steady passes)`` at up to six budgets of a front, largest first run.
+
+    Args:
+        factory: makes the module.
+        weights: a weights file or folder, or the index of one.
+        inputs: positional arguments of a pass.
+        points: the front.
+        progress: called with (budgets done, budgets in all).
+    """
+    count = min(len(points), _MEASURED)
+    chosen = sorted({round(i * (len(points) - 1) / max(count - 1, 1)) for i in range(count)}, reverse=True)
+    found = []
+    for done, number in enumerate(chosen, start=1):
+        report = run_model(factory, weights, budget=points[number].budget, inputs=inputs, passes=8)
+        found.append((points[number].budget, statistics.median(report.latency_ms[3:]) / 1e3))
+        progress(done, len(chosen))
+    return found
+
+
+def _least(prepared: Prepared) -> int:
+    try:
+        return prepared.check(0)[0]
+    except BudgetError as error:
+        return error.minimum
+
+
+def draw_curve(
+    points: Sequence[Plan],
+    path: str | Path,
+    *,
+    title: str = "",
+    measured: Sequence[tuple[int, float]] = (),
+    target: float | None = None,
+) -> None:
+    """Draw predicted latency against budget, with the minimum, the knee and the fully resident point.
+
+    Args:
+        points: a front.
+        path: a PNG file.
+        title: above the picture.
+        measured: ``(budget in bytes, seconds)`` to put on top.
+        target: seconds; drawn as a line.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+        StorageError: the file cannot be written.
+    """
+    figure = require_matplotlib()(figsize=(8, 4.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(
+        [p.budget / _MIB for p in points],
+        [p.predicted_latency * 1e3 for p in points],
+        where="post",
+        color="#3b7dd8",
+        label="predicted",
+    )
+    bound = [(p.budget / _MIB, p.lower_bound * 1e3) for p in points if p.lower_bound]
+    axes.plot(*zip(*bound, strict=True), color="#b0b0b0", linewidth=1, linestyle="--", label="no plan can be faster")
+    bend = knee(points)
+    marks = [(points[0], "smallest", "o"), (points[-1], "all resident" if not points[-1].streamed else "best", "s")]
+    if bend is not None:
+        marks.insert(1, (bend, "knee", "D"))
+    for plan, name, marker in marks:
+        axes.plot(
+            plan.budget / _MIB,
+            plan.predicted_latency * 1e3,
+            marker,
+            color="#1f3b66",
+            label=f"{name}: {format_bytes(plan.budget)}, {plan.predicted_latency * 1e3:.0f} ms",
+        )
+    if measured:
+        axes.plot(
+            [b / _MIB for b, _ in measured], [s * 1e3 for _, s in measured], "x", color="#d1495b", label="measured"
+        )
+    if target is not None:
+        axes.axhline(
+            target * 1e3, color="#d1495b", linewidth=0.8, linestyle=":", label=f"target {target * 1e3:.0f} ms"
+        )
+    axes.set_xlabel("budget, MiB")
+    axes.set_ylabel("ms per pass")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.25)
+    save_png(figure, Path(path))

@@ -1,0 +1,41 @@
+"""Figures without a display, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from narrowboat.errors import StorageError, UsageError
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's ``Figure``, which draws without a display and without pyplot's global state.
+
+    Raises:
+        UsageError: it is not installed; names the extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("drawing needs matplotlib: pip install 'narrowboat[plot]'") from error
+    return Figure
+
+
+def save_png(figure: Any, path: Path) -> None:
+    """Write ``figure`` to ``path`` through a temporary name.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            figure.savefig(file, format="png")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"writing {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""After the first passes: the plan made anew from what they took, in time and in memory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from narrowboat.errors import BudgetError, NarrowboatError, StreamedModelError
+from narrowboat.plan.make import retime
+from narrowboat.profile.use_trace import UseTrace
+from narrowboat.quantities import format_bytes
+from narrowboat.stream.memory_watch import NOISE
+from narrowboat.stream.passes import PassRecord
+
+if TYPE_CHECKING:
+    from narrowboat.stream.session import Session
+
+log = logging.getLogger("narrowboat")
+_MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
+_WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
+
+
+def learn(session: Session, observed: UseTrace, record: PassRecord) -> None:
+    """Plan by the first real pass, where the model could not be traced in advance.
+
+    Args:
+        observed: the trace that it left.
+        record: what it took.
+    """
+    session.prepared.trace, session.prepared.least = observed, None  # it was a guess
+    taken = session.peak_bytes - session.ledger.total - sum(session.prepared.fixed_parts.values())
+    session.prepared.reserve_for(taken)
+    if session.peak_bytes > session.budget:
+        log.warning(
+            "the first pass took %s of a budget of %s: without example inputs its activations were not known",
+            format_bytes(session.peak_bytes),
+            format_bytes(session.budget),
+        )
+        session.memory.answered = session.peak_bytes
+    share = record.compute / max(len(observed.events), 1)
+    session.prepared.step_seconds = tuple(share for _ in observed.events)
+    try:
+        plan, groups = session.prepared.choose(session.machine, session.budget)
+    except NarrowboatError as error:
+        # It ran, by loading on demand; without a plan it goes on doing so.
+        log.warning("no plan for the observed pass (%s); going on with loading on demand", error)
+        session.prepared.trace = None
+        if isinstance(error, BudgetError):
+            session.plan = replace(session.plan, minimum=error.minimum, limiter=error.limiter)
+        return
+    session.put_in_force(plan, groups)
+
+
+def settle(session: Session, record: PassRecord) -> None:
+    """Plan again from measured times and memory; move only if it is worth reading the resident set again.
+
+    Args:
+        record: of a complete pass.
+    """
+    prepared = session.prepared
+    slow = 1 + session.machine.contention * min(record.read_busy / max(record.compute, 1e-9), 1.0)
+    if record.read_busy > 0.005 and record.bytes_read:
+        session.machine = replace(session.machine, bandwidth=record.bytes_read / record.read_busy)
+    prepared.learn(record.step_seconds, slow, session.machine.bandwidth)
+    before = session.plan
+    session.plan = replace(
+        retime(before, prepared.workload()[0], session.machine), minimum=before.minimum, limiter=before.limiter
+    )
+    try:
+        session.refuse_written()
+    except StreamedModelError:
+        return
+    over = _correct_reserve(session)
+    if not over and not session.plan.streamed:
+        return
+    try:
+        better, groups = prepared.remake(session.machine, session.budget, session.plan)
+    except BudgetError as error:
+        log.warning("%s", error)
+        return
+    if over or better.predicted_latency < session.plan.predicted_latency * (1 - _WORTH_MOVING):
+        session.put_in_force(better, groups)
+
+
+def _correct_reserve(session: Session) -> bool:
+    """Set the reserve beside the weights by what two passes really took; True if they took more than they may."""
+    if not session.alone:
+        return False  # the kernel counts for the process: nobody can say whose bytes they are
+    prepared = session.prepared
+    over = session.overrun()
+    if over > 0:
+        prepared.correct(over)
+        session.memory.answered = session.peak_bytes
+        log.warning(
+            "the process took %s more than the budget in a pass; the plan gives that much back from the weights",
+            format_bytes(over),
+        )
+        return True
+    if not session.memory.answered and session.memory.certain:
+        taken = session.peak_bytes - session.plan.arena_bytes
+        spare = session.plan.fixed_bytes - int(taken * _MARGIN) - NOISE
+        if spare > session.budget // 50:
+            prepared.correct(-spare)
+    return False

@@ -1,0 +1,154 @@
+"""Whether a budget asks for tiles, and for which: the untiled model wherever it fits, else the best of a few sizes.
+
+Everything here is arithmetic on the trace: no weight is read and the module is not touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from narrowboat.errors import BudgetError
+from narrowboat.plan.model import Machine
+from narrowboat.profile.measure import estimate_steps
+from narrowboat.profile.rows import gather_bytes
+from narrowboat.profile.skeleton import Matched
+from narrowboat.profile.tiled_trace import expand, plan_strips
+from narrowboat.profile.tiles import SMALLEST, Owner, Tiling, plan_tiles, tileable
+from narrowboat.stream.prepare import Prepared
+
+_ANY = 1 << 62  # a budget that holds anything
+_PAGE = 4096
+_PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
+_TRIED = 3  # sizes that are compared by predicted latency
+_PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that strips are made for
+_BANDWIDTH = 1e9  # bytes per second, to compare sizes by; the storage has not been measured yet
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """One way to cut the model: sizes only, so that ways not taken leave nothing in memory."""
+
+    limit: int
+    strips: dict[int, int]
+    floor: tuple[int, str]
+    largest: int
+
+
+def fit(prepared: Prepared, budget: int) -> Prepared:
+    """What to stream within ``budget`` bytes: ``prepared`` itself if it fits, else the same model tiled.
+
+    ``least`` is set on what is returned: the smallest budget that any tiling can do with.
+
+    Raises:
+        BudgetError: no tiling fits; carries that minimum.
+    """
+    whole = prepared.check(_ANY)
+    known = prepared.measured.least if prepared.measured is not None else None
+    if budget >= whole[0] and known is not None:
+        prepared.least = known
+        return prepared
+    candidates = tileable(prepared.module, prepared.matched, prepared.trace)
+    levels = _strip_levels(prepared)
+    # The most strips hold the fewest activations; that is where the smallest budget is.
+    smallest = _ladder(prepared, candidates, levels[-1])
+    lowest = min(smallest, key=lambda rung: rung.floor[0], default=None)
+    prepared.least = whole if lowest is None or whole[0] <= lowest.floor[0] else lowest.floor
+    if prepared.measured is not None:
+        prepared.measured.least = prepared.least  # kept with the first measurements
+    if budget >= whole[0]:
+        return prepared
+    if lowest is None or budget < prepared.least[0]:
+        (_cut(prepared, candidates, lowest) if lowest and prepared.least != whole else prepared).check(
+            budget
+        )  # raises
+    for strips in levels:
+        rungs = smallest if strips is levels[-1] else _ladder(prepared, candidates, strips)
+        fitting = [rung for rung in rungs if rung.floor[0] <= budget]
+        # Room for two tiles: one is read while the other computes.
+        roomy = [rung for rung in fitting if rung.floor[0] + rung.largest <= budget]
+        if fitting:
+            return _quickest(prepared, candidates, (roomy or fitting)[:_TRIED], budget)
+    raise AssertionError("the lowest is among them")
+
+
+def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:
+    """Strips for convolutions whose workspaces set the peak: none first, then for lower and lower peaks."""
+    levels: list[dict[int, int]] = [{}]
+    trace = prepared.trace
+    if trace is None:
+        return levels
+    lowest = trace.activation_bytes
+    for share in _PEAKS:
+        strips = plan_strips(prepared.module, trace, int(trace.activation_bytes * share))
+        tiling = plan_tiles(prepared.module, prepared.matched, {}, _ANY, strips)
+        peak = expand(trace, tiling, prepared.module).activation_bytes if tiling is not None else lowest
+        if peak < lowest * 0.97:  # other operators may set the peak as well
+            lowest = peak
+            levels.append(strips)
+    return levels
+
+
+def _quickest(prepared: Prepared, candidates: dict[int, list[Owner]], rungs: list[_Rung], budget: int) -> Prepared:
+    best: tuple[float, Prepared] | None = None
+    for rung in rungs:
+        tiled = _cut(prepared, candidates, rung)
+        try:
+            seconds = tiled.choose(Machine(bandwidth=_BANDWIDTH), budget)[0].predicted_latency
+        except BudgetError:  # a scheme other than the best may need more
+            seconds = float("inf")
+        if best is None or seconds < best[0] * 0.99:
+            best = seconds, tiled
+    assert best is not None
+    return best[1]
+
+
+def _ladder(prepared: Prepared, candidates: dict[int, list[Owner]], strips: dict[int, int]) -> list[_Rung]:
+    """The sizes of tile worth trying with these strips, the largest first."""
+    largest = max((prepared.weights[w].entry.nbytes for w in candidates), default=0)
+    limit = SMALLEST
+    while limit < largest:
+        limit *= 2
+    rungs: list[_Rung] = []
+    while limit >= SMALLEST:
+        tiling = plan_tiles(prepared.module, prepared.matched, candidates, limit, strips)
+        if tiling is not None:
+            floor = _tiled(prepared, tiling).check(_ANY)
+            rungs.append(_Rung(limit, strips, floor, tiling.largest))
+            if floor[0] > min(rung.floor[0] for rung in rungs):
+                break  # ever more tiles take more memory themselves than they free
+        limit //= 2
+    return rungs
+
+
+def _cut(prepared: Prepared, candidates: dict[int, list[Owner]], rung: _Rung) -> Prepared:
+    tiling = plan_tiles(prepared.module, prepared.matched, candidates, rung.limit, rung.strips)
+    assert tiling is not None
+    return _tiled(prepared, tiling)
+
+
+def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:
+    trace = expand(prepared.trace, tiling, prepared.module) if prepared.trace is not None else None
+    parts, storage = dict(prepared.fixed_parts), prepared.storage
+    tiles = [tiling.weights[t].entry for t in range(len(prepared.weights), len(tiling.weights))]
+    parts["bookkeeping"] += len(tiles) * _PER_TILE
+    if trace is None:  # else what lookups take is in the peak of the pass
+        tables = [layer.kind for layer in tiling.layers if layer.table]
+        parts["lookups"] = gather_bytes(tables[0], 0, 0) if tables else 0
+    if any(tile.offset % _PAGE for tile in tiles):
+        storage = storage.for_copies()
+        parts["staging"] = storage.staging_bytes
+    return replace(
+        prepared,
+        storage=storage,
+        matched=Matched(list(tiling.weights), dict(prepared.matched.numbers)),
+        trace=trace,
+        fixed_parts=parts,
+        owned=tiling.owned(prepared.owned),
+        step_seconds=estimate_steps(trace) if trace is not None else (),
+        tiling=tiling,
+        measured=None,  # of the model in whole layers
+        measured_under=None,
+        _table=None,
+        corrections=dict(prepared.corrections),
+        _groups=None,
+    )

@@ -19,6 +19,7 @@ from narrowboat.stream.prepare import Prepared
 _ANY = 1 << 62  # a budget that holds anything
 _PAGE = 4096
 _PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
+_STRIPS = 4 << 20  # bytes that the heap keeps between strips: 0.7 and 2.3 MiB over the estimate were seen (FCN)
 _TRIED = 3  # sizes that are compared by predicted latency
 _PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that strips are made for
 _BANDWIDTH = 1e9  # bytes per second, to compare sizes by; the storage has not been measured yet
@@ -131,6 +132,8 @@ def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:
     parts, storage = dict(prepared.fixed_parts), prepared.storage
     tiles = [tiling.weights[t].entry for t in range(len(prepared.weights), len(tiling.weights))]
     parts["bookkeeping"] += len(tiles) * _PER_TILE
+    if any(layer.strips > 1 for layer in tiling.layers):
+        parts["strips"] = _STRIPS
     if trace is None:  # else what lookups take is in the peak of the pass
         tables = [layer.kind for layer in tiling.layers if layer.table]
         parts["lookups"] = gather_bytes(tables[0], 0, 0) if tables else 0

@@ -108,8 +108,7 @@ def foresee(
     measured = None
     prepared.scheme = scheme
     # What cannot hold is refused before anything is read.
-    if budget is not None:
-        prepared = fit(prepared, budget)
+    prepared = fit(prepared, budget if budget is not None else prepared.enough())
     if bandwidth is None:
         measured = read_bandwidth(prepared.index, prepared.storage)
     contention = prepared.measured.contention if prepared.measured is not None else 0.0

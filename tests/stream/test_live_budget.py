@@ -364,14 +364,14 @@ def test_a_forked_child_is_refused_and_can_close(deep: Any) -> None:
 
 
 def test_a_table_makes_changes_without_a_search(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from narrowboat.report.profile import table_of
+    from narrowboat.report.curve import pareto
 
     model = deep.stream(budget=ROOMY)
     session = nb.session(model)
     assert_right(deep, model, 3)
     prepared = session.prepared
     assert prepared.measured is not None
-    monkeypatch.setattr(prepared.measured, "table", table_of(prepared, session.machine).to_json())
+    monkeypatch.setattr(prepared.measured, "table", pareto(prepared, session.machine).to_json())
     monkeypatch.setattr("narrowboat.stream.prepare.make_plan", None)
     for budget in (deep.minimum + MIB, deep.minimum + MIB // 2, ROOMY, deep.minimum + MIB):
         session.budget = budget

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import narrowboat as nb
+from interrupt_kit import Interrupter
 from narrowboat.errors import (
     BudgetError,
     GradientError,
@@ -670,35 +671,9 @@ def test_an_interrupt_during_a_sweep_leaves_it_right(deep: Any, many: Any, momen
 
 
 def test_an_interrupt_at_any_moment_of_the_callers_side_leaves_it_right_or_closed(deep: Any, many: Any) -> None:
-    interrupts = pytest.importorskip("narrowboat").__path__[0]
-
-    class Interrupter:
-        def __init__(self, at: int) -> None:
-            self.at, self.moments, self.where = at, 0, ""
-
-        def __call__(self, frame: Any, event: str, argument: Any) -> None:
-            code = frame.f_code
-            if event not in ("call", "c_return") or not code.co_filename.startswith(interrupts):
-                return
-            self.moments += 1
-            if self.moments == self.at:
-                self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name} ({event})"
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        def run(self, session: Any) -> str:
-            outputs = None
-            with torch.inference_mode():
-                sys.setprofile(self)
-                try:
-                    outputs = session.map(many[0][:9], 4)
-                    list(outputs)
-                except KeyboardInterrupt:
-                    return "interrupted"
-                finally:
-                    sys.setprofile(None)
-                    del outputs
-            return "done"
+    def sweep(session: Any) -> None:
+        with torch.inference_mode():
+            list(session.map(many[0][:9], 4))
 
     def fresh() -> Any:
         session = nb.session(deep.stream(budget=deep.minimum + MIB // 2))
@@ -707,11 +682,11 @@ def test_an_interrupt_at_any_moment_of_the_callers_side_leaves_it_right_or_close
 
     session = fresh()
     counter = Interrupter(-1)
-    counter.run(session)
+    counter.run(lambda: sweep(session))
     broken = []
     for at in range(1, counter.moments, max(counter.moments // 25, 1)):
         interrupter = Interrupter(at)
-        if interrupter.run(session) == "done":
+        if interrupter.run(lambda s=session: sweep(s)) == "done":
             continue
         gc.collect()
         model = session.prepared.module

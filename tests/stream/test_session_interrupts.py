@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
-import narrowboat
 import narrowboat as nb
+from interrupt_kit import Interrupter
 from narrowboat.errors import SessionClosedError
 
-PACKAGE = str(Path(narrowboat.__file__).parent)
 
-
-class Interrupter:
-    """Raises KeyboardInterrupt at the n-th moment at which CPython would: after a C call, or as a function starts."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.moments = 0
-        self.where = ""
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        code = frame.f_code
-        if event not in ("call", "c_return") or not code.co_filename.startswith(PACKAGE):
-            return
-        self.moments += 1
-        if self.moments == self.at:
-            self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name} ({event})"
-            sys.setprofile(None)
-            raise KeyboardInterrupt
-
-    def run(self, model: Any, x: torch.Tensor) -> str:
-        """One pass; what came of it."""
-        with torch.inference_mode():
-            sys.setprofile(self)
-            try:
-                model(x)
-            except KeyboardInterrupt:
-                return "interrupted"
-            except Exception as error:
-                return f"{type(error).__name__}: {error}"
-            finally:
-                sys.setprofile(None)
-        return "done"
+def interrupted_pass(interrupter: Interrupter, model: Any, x: torch.Tensor) -> str:
+    """One pass; what came of it."""
+    with torch.inference_mode():
+        try:
+            return interrupter.run(lambda: model(x))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
 
 def answers(model: Any, deep: Any) -> str:
@@ -75,11 +46,11 @@ def test_an_interrupt_at_any_moment_leaves_it_right_or_closed(deep: Any, extra: 
     model = deep.stream(budget=deep.minimum + extra)
     deep.right(model, 3)
     counter = Interrupter(-1)
-    counter.run(model, deep.x)
+    interrupted_pass(counter, model, deep.x)
     broken = []
     for at in range(1, counter.moments, max(counter.moments // 60, 1)):
         interrupter = Interrupter(at)
-        if interrupter.run(model, deep.x) == "done":
+        if interrupted_pass(interrupter, model, deep.x) == "done":
             continue  # this pass had fewer moments: the reads had come sooner
         after = answers(model, deep)
         if after not in ("right", "closed"):

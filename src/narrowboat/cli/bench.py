@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from narrowboat.cli.options import InputOption, WeightsOption
 from narrowboat.cli.output import print_json, print_table, progress_bar
 from narrowboat.errors import UsageError
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
@@ -19,10 +19,8 @@ def bench(
         str, typer.Argument(metavar="MODEL", help="package.module:factory, such as narrowboat.zoo:vgg19.")
     ],
     budgets: Annotated[str, typer.Option(metavar="BYTES,BYTES", help="Budgets, such as 100MiB,200MiB.")],
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
-    ] = None,
-    input: Annotated[Path | None, typer.Option(metavar="FILE", help="An image, or a .npy array.")] = None,
+    weights: WeightsOption = None,
+    input: InputOption = None,
     passes: Annotated[int, typer.Option(min=1, help="Passes per process.")] = 6,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is run.")] = 2,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

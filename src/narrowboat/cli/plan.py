@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from narrowboat.cli.budget import resolve_budget
+from narrowboat.cli.options import BudgetOption, InputOption, ModelArgument, WeightsOption
 from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
 from narrowboat.errors import UsageError
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes, parse_seconds
@@ -15,17 +16,10 @@ from narrowboat.zoo.request import find_request
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
-    ],
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Such as 300MiB. Without it: 80 % of the available memory.")
-    ] = None,
-    input: Annotated[Path | None, typer.Option(metavar="FILE", help="An image, or a .npy array.")] = None,
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    budget: BudgetOption = None,
+    input: InputOption = None,
     bandwidth: Annotated[
         str | None,
         typer.Option(metavar="BYTES", help="Per second, such as 1.5GB. Without it the storage is measured."),
@@ -75,7 +69,7 @@ def plan(
     )
     if curve is not None:
         with progress_bar("planning", unit="budgets") as progress:
-            points = [plan for _, plan in pareto(forecast.prepared, forecast.plan.machine, progress=progress)]
+            points = pareto(forecast.prepared, forecast.plan.machine, progress=progress).plans
         measured: list[tuple[int, float]] = []
         if measure:
             with progress_bar("measuring", unit="budgets") as progress:

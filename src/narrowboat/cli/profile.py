@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from narrowboat.cli.options import InputOption, ModelArgument, WeightsOption
 from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
 from narrowboat.errors import StorageError
 from narrowboat.quantities import format_bytes, format_seconds
@@ -17,14 +18,9 @@ _SHOWN = 16  # blocks listed without --blocks
 
 
 def profile(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
-    ],
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
-    ] = None,
-    input: Annotated[Path | None, typer.Option(metavar="FILE", help="An image, or a .npy array.")] = None,
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    input: InputOption = None,
     passes: Annotated[int, typer.Option(min=1, help="Passes of each kind; their median counts.")] = 5,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Also write it here.")

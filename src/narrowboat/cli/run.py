@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from narrowboat.cli.budget import resolve_budget
+from narrowboat.cli.options import BudgetOption, InputOption, ModelArgument, WeightsOption
 from narrowboat.cli.output import print_error, print_facts, print_json, print_table, progress_bar
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.zoo.request import find_request
@@ -30,17 +31,10 @@ class Io(StrEnum):
 
 
 def run(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="package.module:factory, narrowboat.zoo:vgg19 say, or a model folder."),
-    ],
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights file or folder; the model's own if it brings some.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Such as 300MiB. Without it: 80 % of the available memory.")
-    ] = None,
-    input: Annotated[Path | None, typer.Option(metavar="FILE", help="An image, or a .npy array.")] = None,
+    model: ModelArgument,
+    weights: WeightsOption = None,
+    budget: BudgetOption = None,
+    input: InputOption = None,
     passes: Annotated[int, typer.Option(min=1, help="How many passes to run.")] = 5,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with plain PyTorch, bit by bit.")] = False,
     io: Annotated[

@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from narrowboat.plan.layout import peak_held, place
-from narrowboat.plan.model import PAGE, Block, Machine, Workload
+from narrowboat.plan.model import Block, Machine, Workload
 
 Decision = tuple[Workload, frozenset[int], tuple[int, ...], list[int]]  # resident, streamed, their offsets
 _ATOMS = 48
@@ -64,8 +64,7 @@ def swapnet(workload: Workload, machine: Machine, room: int) -> Decision | None:
 
     Parts lie at the two ends of the memory in turn, so that two neighbours never meet.
     """
-    # Parts lie against both ends: an end that is no page would put weights where kernels give other bits.
-    room = min(room, workload.weight_bytes) // PAGE * PAGE
+    room = min(room, workload.weight_bytes)  # parts lie against both ends, and the arena is no longer than that
     used = [i for i, block in enumerate(workload.blocks) if block.holds]
     chain = sorted(used, key=lambda i: workload.blocks[i].holds[0])
     if not chain:

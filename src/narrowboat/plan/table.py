@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from narrowboat.plan.curve import front
 from narrowboat.plan.make import retime
 from narrowboat.plan.model import PAGE, Machine, Workload
 from narrowboat.plan.result import Plan
@@ -33,10 +34,13 @@ class PlanTable:
     """
 
     def __init__(self, rows: Sequence[TableRow]) -> None:
-        self.rows: list[TableRow] = []
-        for row in sorted(rows, key=lambda r: (r.plan.budget, r.plan.predicted_latency)):
-            if not self.rows or row.plan.predicted_latency < self.rows[-1].plan.predicted_latency * (1 - 1e-9):
-                self.rows.append(row)
+        by_plan = {id(row.plan): row for row in rows}
+        self.rows = [by_plan[id(plan)] for plan in front(row.plan for row in rows)]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The front, without the policies."""
+        return [row.plan for row in self.rows]
 
     def best(self, budget: int) -> TableRow | None:
         """The fastest plan that ``budget`` bytes hold, as a plan for that budget; None below the first."""

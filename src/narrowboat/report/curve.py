@@ -11,9 +11,10 @@ from torch import nn
 
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import BudgetError, UsageError
-from narrowboat.plan.curve import budgets, front, knee, smallest_for
+from narrowboat.plan.curve import budgets, knee, smallest_for
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
+from narrowboat.plan.table import PlanTable, TableRow
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.report.picture import require_matplotlib, save_png
 from narrowboat.report.run import run_model
@@ -26,8 +27,8 @@ _MIB = 1 << 20
 
 def pareto(
     prepared: Prepared, machine: Machine, *, progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[tuple[str, Plan]]:
-    """The Pareto front from the smallest budget to one that holds everything, as (allocator policy, plan).
+) -> PlanTable:
+    """The Pareto front from the smallest budget to one that holds everything.
 
     Args:
         prepared: the model; its policy is left as it was.
@@ -39,11 +40,10 @@ def pareto(
     before, found = prepared.policy, []
     for done, budget in enumerate(tried, start=1):
         plan = prepared.choose(machine, budget, thorough=True)[0]
-        found.append((prepared.policy.value, plan))
+        found.append(TableRow(prepared.policy.value, plan))
         progress(done, len(tried))
     prepared.policy = before
-    kept = {id(plan) for plan in front(plan for _, plan in found)}
-    return [(policy, plan) for policy, plan in found if id(plan) in kept]
+    return PlanTable(found)
 
 
 def smallest_budget(prepared: Prepared, machine: Machine, target: float) -> Plan:
@@ -52,7 +52,7 @@ def smallest_budget(prepared: Prepared, machine: Machine, target: float) -> Plan
     Raises:
         UsageError: no budget does; says how short a pass can be.
     """
-    points = [plan for _, plan in pareto(prepared, machine)]
+    points = pareto(prepared, machine).plans
     found = smallest_for(target, points, lambda budget: prepared.choose(machine, budget, thorough=True)[0])
     if found is None:
         best = points[-1]

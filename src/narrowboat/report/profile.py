@@ -15,7 +15,6 @@ from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ModelError
 from narrowboat.machine.memory import memory_limits
-from narrowboat.plan.table import PlanTable, TableRow
 from narrowboat.profile.measured import MeasuredProfile, save_profile
 from narrowboat.report.curve import pareto
 from narrowboat.stream.api import session, stream
@@ -79,14 +78,9 @@ def measure_profile(
         if table:
             typical = statistics.median(measured.bandwidths) if measured.bandwidths else handle.machine.bandwidth
             machine = type(handle.machine)(bandwidth=typical, contention=measured.contention)
-            measured.table = table_of(prepared, machine).to_json()
+            measured.table = pareto(prepared, machine).to_json()
         save_profile(measured)
     return measured
-
-
-def table_of(prepared: Prepared, machine: Any) -> PlanTable:
-    """The lookup table of a prepared model."""
-    return PlanTable([TableRow(policy, plan) for policy, plan in pareto(prepared, machine)])
 
 
 def _steps(handle: Session, run: Callable[[], Any], passes: int, progress: Callable[[int], None]) -> list[float]:

@@ -40,6 +40,8 @@ class MemoryWatch:
 
     def blind(self, budget: int) -> bool:
         """Whether the process was once so large that its high-water mark will tell nothing of passes to come."""
+        if self._hwm_before <= self.baseline + budget + NOISE:
+            return False  # known without asking the kernel before every pass
         memory = process_memory()
         return self._hwm_before >= memory.hwm > max(memory.rss, self.baseline + budget) + NOISE
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from narrowboat.errors import BudgetError
-from narrowboat.plan.model import Machine
+from narrowboat.plan.model import PAGE, Machine
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.skeleton import Matched
@@ -17,7 +17,6 @@ from narrowboat.profile.tiles import SMALLEST, Owner, Tiling, plan_tiles, tileab
 from narrowboat.stream.prepare import Prepared
 
 _ANY = 1 << 62  # a budget that holds anything
-_PAGE = 4096
 _PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
 _STRIPS = 4 << 20  # bytes that the heap keeps between strips: 0.7 and 2.3 MiB over the estimate were seen (FCN)
 _TRIED = 3  # sizes that are compared by predicted latency
@@ -137,7 +136,7 @@ def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:
     if trace is None:  # else what lookups take is in the peak of the pass
         tables = [layer.kind for layer in tiling.layers if layer.table]
         parts["lookups"] = gather_bytes(tables[0], 0, 0) if tables else 0
-    if any(tile.offset % _PAGE for tile in tiles):
+    if any(tile.offset % PAGE for tile in tiles):
         storage = storage.for_copies()
         parts["staging"] = storage.staging_bytes
     return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from narrowboat.checkpoint import WeightsIndex
+    from narrowboat.profile.pretrained import Pretrained
 
 _TOKENS = 64  # of the example
 
 
 class FolderModel:
-    """A factory over a model folder; opened anew at each call, so that nothing is shared between two models.
+    """A factory over a model folder; each call makes another module, so that nothing is shared between two models.
 
     Args:
         folder: with ``config.json`` and weights.
@@ -33,9 +35,13 @@ class FolderModel:
 
     def index(self) -> WeightsIndex:
         """The weights at rest, under the model's names."""
+        return self._opened.index
+
+    @cached_property
+    def _opened(self) -> Pretrained:
         from narrowboat.profile.pretrained import open_pretrained
 
-        return open_pretrained(self.folder).index
+        return open_pretrained(self.folder)
 
     def weights(self) -> Path:
         """Where the weights are."""
@@ -48,9 +54,9 @@ class FolderModel:
             ModelError: the model takes something else.
         """
         from narrowboat.errors import ModelError
-        from narrowboat.profile.pretrained import first_input, open_pretrained
+        from narrowboat.profile.pretrained import first_input
 
-        first = first_input(open_pretrained(self.folder), batch, _TOKENS)
+        first = first_input(self._opened, batch, _TOKENS)
         if first is None:
             raise ModelError(f"{self.folder} takes neither token numbers nor pixels first: use it from Python")
         return (first,)

@@ -61,14 +61,14 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
     with torch.inference_mode():
         output = running.module(*inputs)
         emit("first", seconds=time.perf_counter() - start, peak=process_memory().hwm - baseline)
-        digest = _digest(output)
+        digest = digest_of(output)
         emit("output", digest=digest)
     if name == "resident":
         running.after_first()
     with torch.inference_mode():
         if name == "resident":
             output = running.module(*inputs)  # the mapping is not aligned as memory is: last bits may differ
-            digest = _digest(output)
+            digest = digest_of(output)
             emit("output", digest=digest)
         del output
         began = time.perf_counter()
@@ -81,7 +81,7 @@ def run_subject(emit: Emit, name: str, files: Material, budget: int, passes: int
             emit("pass", seconds=now - t, peak=process_memory().hwm - baseline)
             if now - began > seconds:
                 break
-    emit("output", digest=_digest(last))
+    emit("output", digest=digest_of(last))
     emit("end", peak=process_memory().hwm - baseline, baseline=baseline, stats=running.stats())
     _keep(kept_output(files, name), last)
 
@@ -137,7 +137,8 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def _digest(output: Any) -> str:
+def digest_of(output: Any) -> str:
+    """Of the bytes of every tensor of an output."""
     sha = hashlib.sha256()
     for tensor in _tensors(output):
         sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

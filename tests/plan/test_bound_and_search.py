@@ -76,10 +76,10 @@ def test_no_plan_beats_the_bound(workload: Workload, spare: int) -> None:
 
 
 def test_the_bound_sees_that_large_layers_cannot_be_read_beside_each_other() -> None:
-    # Two layers of 9 pages in 12: at least 6 pages of them are read in every pass, and not while either runs.
+    # Two layers of 9 pages in 12: both are read in every pass, not while either runs; one may begin a step earlier.
     blocks = tuple(Block(f"b{i}", n * PAGE, n * PAGE, ((i, i),)) for i, n in enumerate((9, 3, 9)))
     workload = Workload(blocks, (0.050, 0.001, 0.050))
-    assert latency_bound(workload, MACHINE, 12 * PAGE) == pytest.approx(0.050 + 0.050 + 0.006)
+    assert latency_bound(workload, MACHINE, 12 * PAGE) == pytest.approx(0.050 + 0.050 + 0.001 + 0.017)
     assert latency_bound(workload, MACHINE, 21 * PAGE) == pytest.approx(0.101)
 
 
@@ -107,7 +107,7 @@ def test_a_scheme_is_sound_and_never_better_than_the_best_plan(scheme: str, shar
                 plan.offsets[i] + block.nbytes <= plan.offsets[j] or plan.offsets[j] + other.nbytes <= plan.offsets[i]
             )
     best = make_plan(workload, machine, budget, thorough=True)
-    assert best.lower_bound <= best.predicted_latency <= plan.predicted_latency * (1 + ENOUGH)
+    assert best.lower_bound * (1 - 1e-9) <= best.predicted_latency <= plan.predicted_latency * (1 + ENOUGH)
 
 
 def test_swapnets_scheme_swaps_two_parts_at_a_time() -> None:

@@ -209,8 +209,8 @@ def test_entries_without_an_exit_are_closed_when_the_model_catches_an_error(tmp_
 
 
 def test_more_frugal_allocators_reserve_less_and_cost_more() -> None:
-    trace = UseTrace(activation_bytes=100 << 20, taken=(400 << 20, 300 << 20))
-    policies = (MallocPolicy.DEFAULT, MallocPolicy.BALANCED, MallocPolicy.STRICT)
+    trace = UseTrace(activation_bytes=100 << 20, taken=(400 << 20, 350 << 20, 300 << 20))
+    policies = (MallocPolicy.DEFAULT, MallocPolicy.BALANCED, MallocPolicy.LEAN, MallocPolicy.STRICT)
     reserved = [sum(activation_parts(trace, policy).values()) for policy in policies]
     assert reserved == sorted(reserved, reverse=True)
     assert min(reserved) > 100 << 20

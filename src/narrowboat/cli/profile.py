@@ -21,7 +21,7 @@ def profile(
     model: ModelArgument,
     weights: WeightsOption = None,
     input: InputOption = None,
-    passes: Annotated[int, typer.Option(min=1, help="Passes of each kind; their median counts.")] = 5,
+    passes: Annotated[int, typer.Option(min=1, help="Passes of each kind; their median counts.")] = 4,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Also write it here.")
     ] = None,
@@ -74,7 +74,14 @@ def profile(
         "",
         {
             "pass": format_seconds(sum(found.step_seconds)),
-            "beside reading": f"{found.contention:.0%} longer",
+            "beside reading": "not measured: too large to be all in memory"
+            if found.contention is None
+            else f"{found.contention:.0%} longer",
+            **{
+                f"malloc {policy}": f"{format_bytes(found.needs[policy])} beside the weights, {format_seconds(pace)}"
+                for policy, pace in found.paces.items()
+                if policy in found.needs
+            },
             "storage": storage,
             "table": f"{len(found.table)} plans",
             **({"wrote": output} if output is not None else {}),

@@ -37,7 +37,8 @@ class MallocPolicy(Enum):
     ``DEFAULT``   2.3-3.2  glibc learns the sizes and keeps the holes    1
     ``BALANCED``  1.1-2.2  blocks from 1 MiB go back to the system when  1.04 (ViT) to 1.25 (ResNet)
                            freed; smaller ones come from the heap
-    ``STRICT``    1.1-1.4  blocks from 64 KiB go back when freed         1.0-1.2 (ViT) to 2 (ResNet)
+    ``LEAN``      1.1-1.6  blocks from 256 KiB, and a heap from 1 MiB    1.6 (ResNet)
+    ``STRICT``    1.1-1.4  blocks from 64 KiB go back when freed         1.0-1.2 (ViT) to 3 (ResNet)
     ============  =======  ============================================  =====================================
 
     On the convolutional networks no policy keeps resident memory near the tensors' bytes for less than 5 % of the
@@ -49,6 +50,7 @@ class MallocPolicy(Enum):
 
     DEFAULT = "default"
     BALANCED = "balanced"
+    LEAN = "lean"
     STRICT = "strict"
 
 
@@ -56,6 +58,7 @@ _SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
     # glibc has no way back to learning; these are the values at which its learning ends.
     MallocPolicy.DEFAULT: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
     MallocPolicy.BALANCED: ((_M_MMAP_THRESHOLD, _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
+    MallocPolicy.LEAN: ((_M_MMAP_THRESHOLD, 256 * _KIB), (_M_TRIM_THRESHOLD, _MIB)),
     MallocPolicy.STRICT: ((_M_MMAP_THRESHOLD, 64 * _KIB), (_M_TRIM_THRESHOLD, 128 * _KIB)),
 }
 

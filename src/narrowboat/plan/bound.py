@@ -1,23 +1,39 @@
 """A latency that no plan can beat, whatever it keeps resident and wherever it lays the rest.
 
-Passes follow one another and there is one storage channel, so a steady pass lasts at least as long as all of its
-computing, and at least as long as all of its reading. Reading and computing cannot always overlap: from the start of
-its read to its use, a block's bytes are taken. A block of s bytes can therefore not be read while a step runs that
-itself needs n bytes of other blocks, if n + s exceeds the room there is for weights. For every size s, with J the
-blocks of at least s bytes and F the steps that need more than room - s bytes,
+Passes follow one another and there is one storage channel. Take any stretch of steps of a pass, and the blocks first
+used in it. When it begins, the blocks of the step before are still in, and what they leave of ``room``, free bytes, is
+all that those of the stretch can have; a block larger than that is not even on its way. The others arrive while the
+stretch lasts:
 
-    pass >= compute(F) + read(J, less what can be resident)
+    arrive(stretch) >= bytes(stretch) - free, for blocks larger than free: bytes(stretch)
 
-because no read of J overlaps any step of F (a block used by a step is in, and not being read, while it runs). Of J, at
-most ``room`` bytes are resident. s = 0 gives the reading bound; s beyond every block the computing bound.
+Reading and computing cannot always overlap: from the start of its read to its use, a block's bytes are taken. A block
+of s bytes can therefore not be read while a step runs that itself needs n bytes of other blocks, if n + s exceeds the
+room there is for weights. For every size s, let J be the blocks of at least s bytes and F the steps that need more
+than room - s bytes: no read of J overlaps any step of F (a block used by a step is in, and not being read, while it
+runs). So what of J's arriving the other steps of the stretch, at their busy pace, cannot cover is waited for:
+
+    wait(stretch) >= arrive(J) / bandwidth - busy(all but F)
+
+A pass cut into stretches waits for the sum; the cut with the largest is found by dynamic programming. s = 0 gives the
+reading bound. What is read and not waited for is read beside steps, and slows them: a second of reading beside step k
+costs 1 - idle[k] / busy[k] seconds, and it costs least beside the steps that mind it least. Waiting costs a whole
+second per second, so the least waiting is best:
+
+    pass >= compute + wait + slowdown(read(all, less what can be resident) - wait)
+
+A block used more than once may be in from another use: such blocks are left out of the stretches.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import accumulate
 
-from narrowboat.plan.model import Machine, Workload
-from narrowboat.plan.timing import slowdown
+from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.timing import busy_seconds
+
+_SIZES, _CUTS = 8, 100  # how many are looked at
 
 
 def latency_bound(workload: Workload, machine: Machine, room: int) -> float:
@@ -26,35 +42,94 @@ def latency_bound(workload: Workload, machine: Machine, room: int) -> float:
     Args:
         room: bytes of the budget left for weights.
     """
-    steps = workload.step_seconds
-    total = sum(block.nbytes for block in workload.blocks)
-    if machine.contention and total > room:
-        # At least this much is read, and computing is slower beside it.
-        densest = max((b.read_bytes / b.nbytes for b in workload.blocks if b.nbytes), default=1.0)
-        least = sum(b.read_bytes for b in workload.blocks if b.holds) - room * densest
-        slow = slowdown(workload, machine, max(least, 0.0) / machine.bandwidth)
-        steps = tuple(seconds * slow for seconds in steps)
-    compute = [seconds + machine.step_overhead for seconds in steps]
-    used = [block for block in workload.blocks if block.holds]
-    if total <= room:
-        return sum(compute)
-    need = _needed(workload, len(steps))
-    # Steps by what they need, most first; blocks by size, largest first: as J grows, F shrinks.
-    hungry = sorted(zip(need, compute, strict=True), reverse=True)
-    spent = list(accumulate((seconds for _, seconds in hungry), initial=0.0))
-    largest = sorted(used, key=lambda block: -block.nbytes)
-    best, nbytes, read, at = sum(compute), 0, 0, len(hungry)
-    for i, block in enumerate(largest):
-        nbytes += block.nbytes
-        read += block.read_bytes
-        if i + 1 < len(largest) and largest[i + 1].nbytes == block.nbytes:
-            continue
-        while at and hungry[at - 1][0] <= room - block.nbytes:
-            at -= 1
-        densest = max((b.read_bytes / b.nbytes for b in largest[: i + 1] if b.nbytes), default=1.0)
-        reading = max(read - room * densest, 0.0) / machine.bandwidth
-        best = max(best, spent[at] + reading)
-    return best
+    idle = [seconds + machine.step_overhead for seconds in workload.step_seconds]
+    if sum(block.nbytes for block in workload.blocks) <= room:
+        return sum(idle)
+    busy = [seconds + machine.step_overhead for seconds in busy_seconds(workload, machine)]
+    used = sorted((block for block in workload.blocks if block.holds), key=lambda block: -block.nbytes)
+    wait = _least_wait(workload, machine, room, busy, used)
+    reading = _least_reading(used, machine, room)
+    return sum(idle) + wait + _slowdown(idle, busy, reading - wait)
+
+
+def _least_wait(workload: Workload, machine: Machine, room: int, busy: list[float], largest: list[Block]) -> float:
+    """Seconds of waiting of the cut of the pass that shows most.
+
+    Args:
+        busy: seconds of each step beside a read.
+        largest: the blocks that are used, largest first.
+    """
+    if not largest:
+        return 0.0
+    firsts = sorted({0, *(block.holds[0][0] for block in largest)})
+    cuts = firsts[:: -(-len(firsts) // _CUTS)]
+    need = _needed(workload, len(busy))
+    sizes = sorted({block.nbytes for block in largest})
+    # Any choice of sizes and cuts gives a bound.
+    # Before the first step comes the last of another pass, whose blocks may be used again at once.
+    free = [room - (need[cut - 1] if cut else 0) for cut in cuts]
+    curves = [_Curve(cuts, need, busy, largest, room, size) for size in (0, *sizes[:: -(-len(sizes) // _SIZES)])]
+    best = [0.0] * (len(cuts) + 1)  # by cut: the most waiting shown before it
+    for end in range(1, len(cuts) + 1):
+        found = best[end - 1]
+        for begin in range(end):
+            for curve in curves:
+                nbytes = curve.nbytes[end] - curve.nbytes[begin]
+                if curve.size <= free[begin]:
+                    nbytes -= free[begin]
+                if nbytes > 0:
+                    wait = nbytes / machine.bandwidth - (curve.covered[end] - curve.covered[begin])
+                    if best[begin] + wait > found:
+                        found = best[begin] + wait
+        best[end] = found
+    return best[-1]
+
+
+class _Curve:
+    """For one size: what there is before each cut of the blocks that large, and of the steps beside which they load.
+
+    Attributes:
+        size: bytes.
+        nbytes: of those blocks; no more than is read of them.
+        covered: seconds of those steps, at their busy pace.
+    """
+
+    def __init__(
+        self, cuts: list[int], need: list[int], busy: list[float], blocks: list[Block], room: int, size: int
+    ) -> None:
+        self.size = size
+        per_cut = [0] * len(cuts)
+        for block in blocks:
+            if block.nbytes >= size and len(block.holds) == 1:
+                per_cut[bisect_right(cuts, block.holds[0][0]) - 1] += min(block.nbytes, block.read_bytes)
+        self.nbytes = list(accumulate(per_cut, initial=0))
+        seconds = list(
+            accumulate((s if n <= room - size else 0.0 for n, s in zip(need, busy, strict=True)), initial=0.0)
+        )
+        self.covered = [seconds[cut] for cut in cuts] + [seconds[-1]]
+
+
+def _least_reading(blocks: list[Block], machine: Machine, room: int) -> float:
+    """Seconds of reading ``blocks`` in a pass with the costliest per byte resident, parts of blocks too."""
+    cost = [(b.read_bytes / machine.bandwidth + machine.read_latency, b.nbytes) for b in blocks]
+    reading = sum(seconds for seconds, _ in cost)
+    for seconds, nbytes in sorted(cost, key=lambda c: c[0] / max(c[1], 1), reverse=True):
+        if nbytes >= room:
+            return reading - seconds * room / max(nbytes, 1)
+        reading -= seconds
+        room -= nbytes
+    return reading
+
+
+def _slowdown(idle: list[float], busy: list[float], reading: float) -> float:
+    """Seconds by which ``reading`` seconds of reading slow the steps at least."""
+    cost, left = 0.0, reading
+    for share, seconds in sorted((1 - i / b, b) for i, b in zip(idle, busy, strict=True) if b > 0):
+        if left <= 0:
+            break
+        cost += max(share, 0.0) * min(seconds, left)
+        left -= seconds
+    return cost
 
 
 def _needed(workload: Workload, steps: int) -> list[int]:

@@ -7,7 +7,7 @@ gained: the smallest group that is nearly as good as the best is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from narrowboat.plan.model import Workload
@@ -29,16 +29,18 @@ def sweep(workload: Workload, size: int, bytes_each: int) -> Workload:
     if size == 1:
         return workload
     boundaries = {first for block in workload.blocks for first, _ in block.holds}
-    seconds = tuple(
-        size * (s + (HAND_OVER if step in boundaries else 0.0)) for step, s in enumerate(workload.step_seconds)
-    )
     extra = (size - 1) * bytes_each
     return replace(
         workload,
-        step_seconds=seconds,
+        step_seconds=_together(workload.step_seconds, size, boundaries),
+        busy_seconds=_together(workload.busy_seconds, size, boundaries),
         fixed_bytes=workload.fixed_bytes + extra,
         fixed_parts=(*workload.fixed_parts, (IN_FLIGHT, extra)),
     )
+
+
+def _together(seconds: Sequence[float], size: int, boundaries: Collection[int]) -> tuple[float, ...]:
+    return tuple(size * (s + (HAND_OVER if step in boundaries else 0.0)) for step, s in enumerate(seconds))
 
 
 def choose_group(sweep_seconds: Callable[[int], float | None], most: int = MOST) -> int:

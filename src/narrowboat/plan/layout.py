@@ -64,6 +64,28 @@ def place(blocks: Sequence[Block], window: int) -> list[int] | None:
     return offsets
 
 
+def place_apart(blocks: Sequence[Block], window: int) -> list[int] | None:
+    """Offsets as ``place`` gives them, with the largest blocks in a zone of their own; None if there are none such.
+
+    A block that takes most of a ring meets every other: it can only be read when all of them have been used. Where
+    what it leaves is enough for the others, they go round there, and it comes in beside them.
+    """
+    zone = max((block.nbytes for block in blocks), default=0)
+    if zone * 2 <= window or zone >= window:
+        return None
+    inner = [i for i, block in enumerate(blocks) if block.nbytes > window - zone]
+    outer = [i for i, block in enumerate(blocks) if block.nbytes <= window - zone]
+    below, above = place([blocks[i] for i in inner], zone), place([blocks[i] for i in outer], window - zone)
+    if below is None or above is None or not outer:
+        return None
+    offsets = [0] * len(blocks)
+    for i, offset in zip(inner, below, strict=True):
+        offsets[i] = offset
+    for i, offset in zip(outer, above, strict=True):
+        offsets[i] = zone + offset
+    return offsets
+
+
 def _first_fit(taken: list[tuple[int, int]], start: int, nbytes: int, window: int) -> int | None:
     for low, high in taken:
         if start + nbytes <= low:

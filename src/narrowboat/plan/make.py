@@ -14,17 +14,18 @@ from functools import lru_cache
 
 from narrowboat.errors import BudgetError, UsageError
 from narrowboat.plan.bound import latency_bound
-from narrowboat.plan.layout import peak_held, place
+from narrowboat.plan.layout import peak_held, place, place_apart
 from narrowboat.plan.model import PAGE, Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
 from narrowboat.plan.schemes import SCHEMES
-from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidate
+from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidate, improves
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
 
 _SPREADS: tuple[Spread, ...] = (evenly_by_time, evenly_by_bytes)
-_PATIENCE = 6  # candidates in a row that bring nothing before the search ends
+_PATIENCE = 12  # candidates in a row that bring nothing before the search ends
+_WORTH = 1e-3  # what another scheme has to gain: they read more
 
 
 def minimum_budget(workload: Workload) -> tuple[int, str]:
@@ -84,13 +85,13 @@ def make_plan(
             if decided is not None:
                 _, resident, streamed, places = decided
                 found = simulate(workload, machine, resident, streamed, places, passes=3)
-                if found.latency < timing.latency:
+                if improves(found, timing, by=_WORTH):
                     window = room - sum(workload.blocks[i].nbytes for i in resident)
                     best, timing = (resident, streamed, places, window), found
         if len(workload.blocks) <= FEW:
             for candidate in every_candidate(workload, room):
                 found = simulate(workload, machine, *candidate[:3], passes=3)
-                if found.latency < timing.latency:
+                if improves(found, timing):
                     best, timing = candidate, found
         else:
             best, timing = climb(workload, machine, room, best, timing, bound)
@@ -157,7 +158,7 @@ def _candidates(workload: Workload, room: int) -> Iterator[Candidate]:
         yield frozenset(range(len(blocks))), (), [], 0
         return
     sizes = sorted({block.nbytes for block in blocks})
-    windows = {_least_window(blocks)}
+    windows = {_least_window(blocks), room // PAGE * PAGE}
     windows.update(size * k for size in sizes for k in (1, 2, 3) if len(sizes) <= 6)
     step = max(sizes[len(sizes) // 2], PAGE)
     while step < room:
@@ -180,6 +181,9 @@ def _candidates(workload: Workload, room: int) -> Iterator[Candidate]:
                 places = [whole[i] for i in streamed] if whole is not None else None
             if places is not None:
                 yield resident, streamed, places, window
+            apart = place_apart([blocks[i] for i in streamed], window)
+            if apart is not None:
+                yield resident, streamed, apart, window
 
 
 def _assemble(
@@ -219,5 +223,7 @@ def _assemble(
 
 def retime(plan: Plan, workload: Workload, machine: Machine) -> Plan:
     """The same decisions with the prediction made anew from better measurements."""
+    workload = replace(workload, blocks=plan.blocks)  # a scheme may swap coarser
     timing = simulate(workload, machine, plan.resident, plan.streamed, [plan.offsets[i] for i in plan.streamed])
-    return replace(plan, timing=timing, machine=machine)
+    room = (plan.budget - workload.fixed_bytes) // PAGE * PAGE
+    return replace(plan, timing=timing, machine=machine, lower_bound=latency_bound(workload, machine, room))

@@ -36,7 +36,7 @@ class Machine:
     """
 
     bandwidth: float
-    read_latency: float = 0.0002
+    read_latency: float = 0.0001
     step_overhead: float = 0.0
     contention: float = 0.0
 
@@ -50,12 +50,15 @@ class Workload:
         step_seconds: compute time of each step (see ``profile.UseTrace``), without any waiting.
         fixed_bytes: what the budget pays besides weights: buffers, activations, workspaces, staging.
         fixed_parts: ``fixed_bytes`` by name, for the explanation.
+        busy_seconds: as ``step_seconds``, while storage is read all along; empty where not measured by step
+            (``Machine.contention`` stands in).
     """
 
     blocks: tuple[Block, ...]
     step_seconds: tuple[float, ...]
     fixed_bytes: int = 0
     fixed_parts: tuple[tuple[str, int], ...] = field(default=())
+    busy_seconds: tuple[float, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -32,19 +32,14 @@ Scheme = Callable[[Workload, Machine, int], Decision | None]
 def first_resident(workload: Workload, machine: Machine, room: int) -> Decision | None:
     """Keep the first layers, stream the rest through the smallest window that will do; None if nothing fits."""
     blocks = workload.blocks
-    best: Decision | None = None
-    kept = 0
-    for count in range(len(blocks) + 1):
-        rest = list(blocks[count:])
-        least = peak_held(rest)[0]
-        if kept + least > room:
-            break
-        places = place(rest, room - kept)
+    kept = list(accumulate((block.nbytes for block in blocks), initial=0))
+    for count in range(len(blocks), -1, -1):
+        if kept[count] > room or kept[count] + peak_held(blocks[count:])[0] > room:
+            continue
+        places = place(blocks[count:], room - kept[count])
         if places is not None:
-            best = (workload, frozenset(range(count)), tuple(range(count, len(blocks))), places)
-        if count < len(blocks):
-            kept += blocks[count].nbytes
-    return best
+            return workload, frozenset(range(count)), tuple(range(count, len(blocks))), places
+    return None
 
 
 def window_only(workload: Workload, machine: Machine, room: int) -> Decision | None:

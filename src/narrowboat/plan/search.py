@@ -8,17 +8,30 @@ ones for as long as that shortens the pass and the bound says that there is some
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
 from narrowboat.plan.layout import concurrent_sets, place
 from narrowboat.plan.model import Block, Machine, Workload
-from narrowboat.plan.timing import Timing, simulate
+from narrowboat.plan.timing import Lead, Timing, simulate
 
 Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]  # resident, streamed, their offsets, window bytes
 FEW = 4  # blocks up to which everything is tried
 ENOUGH = 2e-3  # a plan so close to the bound is not searched for a better one
-_STEPS = 40_000  # block visits of the simulation that one search may cost, about a second
+_STEPS = 120_000  # block visits of the simulation that one search may cost, about a second
+_FOLLOWING = 8  # reads that a block let go is taken to delay
+
+
+def improves(found: Timing, best: Timing, *, by: float = 0.0) -> bool:
+    """Whether a pass is shorter by more than a share ``by`` of it, or as short with less to read.
+
+    What is read takes power and the processor's time; where it gains nothing, it is better left.
+    """
+    slack = best.latency * 1e-6
+    if found.latency < best.latency * (1 - by) - slack:
+        return True
+    return found.latency <= best.latency + slack and found.bytes_read < best.bytes_read
 
 
 def every_candidate(workload: Workload, room: int) -> Iterator[Candidate]:
@@ -69,7 +82,10 @@ def _sizes_without(blocks: Sequence[Block], i: int) -> list[int]:
 def climb(
     workload: Workload, machine: Machine, room: int, start: Candidate, timing: Timing, bound: float
 ) -> tuple[Candidate, Timing]:
-    """Exchange streamed blocks that stall for resident ones, while it helps.
+    """Exchange streamed blocks that are waited for against resident ones where reads come early, while it helps.
+
+    A wait has a cause: the reads since the channel last rested. Any of them made resident shortens it. What is let go
+    in exchange costs nothing where the reads that follow come early enough.
 
     Args:
         room: bytes for weights.
@@ -82,43 +98,94 @@ def climb(
     """
     blocks = workload.blocks
     chance = random.Random(0)
-    best, best_timing = start, timing
-    tries = max(_STEPS // max(len(blocks) * 3, 1), 10)
+    best, best_timing, lead = start, timing, _lead_of(workload, machine, start)
+    visits = sum(len(block.holds) for block in blocks) * 3
+    tries = max(_STEPS // max(visits, 1), 10)
     while tries > 0 and best_timing.latency > bound * (1 + ENOUGH):
-        resident = set(best[0])
-        free = room - best[3] - sum(blocks[i].nbytes for i in resident)
-        stalls = best_timing.stall_by_block
         tries -= 1
-        if stalls and chance.random() < 0.8:
-            pulled = chance.choices(list(stalls), weights=list(stalls.values()))[0]
-        else:
-            pulled = chance.choice(best[1])
-        window = best[3]
-        # Now and then the window pays for it, or gets what is let go.
-        if chance.random() < 0.25:
-            window = max(window - blocks[pulled].nbytes, 0)
-            free += best[3] - window
-        candidates = sorted(resident, key=lambda i: chance.random())
-        for i in candidates:
-            if free >= blocks[pulled].nbytes:
-                break
-            resident.discard(i)
-            free += blocks[i].nbytes
-        if free < blocks[pulled].nbytes:
+        found = _exchange(workload, room, best, best_timing, lead, chance)
+        if found is None:
             continue
-        resident.add(pulled)
-        free -= blocks[pulled].nbytes
-        # What is left over takes in again what it can.
-        for i in sorted((i for i in range(len(blocks)) if i not in resident), key=lambda i: chance.random()):
-            if blocks[i].nbytes <= free and i != pulled and blocks[i].holds:
+        seen = Lead()
+        took = simulate(workload, machine, *found[:3], passes=3, lead=seen)
+        if improves(took, best_timing, by=1e-5):
+            best, best_timing, lead = found, took, seen
+    return best, best_timing
+
+
+def _lead_of(workload: Workload, machine: Machine, candidate: Candidate) -> Lead:
+    lead = Lead()
+    simulate(workload, machine, *candidate[:3], passes=3, lead=lead)
+    return lead
+
+
+def _exchange(
+    workload: Workload, room: int, best: Candidate, timing: Timing, lead: Lead, chance: random.Random
+) -> Candidate | None:
+    """A candidate beside ``best``; None if what was tried does not fit."""
+    blocks = workload.blocks
+    resident, streamed, window = set(best[0]), best[1], best[3]
+    free = room - window - sum(blocks[i].nbytes for i in resident)
+    if not streamed:
+        return None
+    stalls = timing.stall_by_block
+    pulled: list[int] = []
+    if stalls and chance.random() < 0.85:
+        waited = chance.choices(list(stalls), weights=list(stalls.values()))[0]
+        run = _run_before(waited, streamed, lead)
+        pulled = chance.sample(run, min(len(run), chance.choice((1, 1, 2, 4))))
+    else:
+        pulled = [chance.choice(streamed)]
+    # Now and then the window pays for it, or gets what is let go.
+    chosen = chance.random()
+    if chosen < 0.2:
+        window = max(window - sum(blocks[i].nbytes for i in pulled), 0)
+        free += best[3] - window
+    elif chosen < 0.3:
+        pulled = []
+    needed = sum(blocks[i].nbytes for i in pulled)
+    slack = _slack(resident, streamed, lead)
+    for i in sorted(resident, key=lambda i: slack[i] * chance.random(), reverse=True):
+        if free >= needed and pulled:
+            break
+        resident.discard(i)
+        free += blocks[i].nbytes
+        if not pulled:  # the window grows by it
+            break
+    if free < needed:
+        return None
+    resident.update(pulled)
+    free -= needed
+    if pulled:
+        # What is left over takes in again what it can, first where there is waiting.
+        order = [i for i in streamed if i not in resident and blocks[i].holds]
+        for i in sorted(order, key=lambda i: lead.early.get(i, 0.0) + chance.random() * 1e-3):
+            if blocks[i].nbytes <= free:
                 resident.add(i)
                 free -= blocks[i].nbytes
-        streamed = tuple(i for i in range(len(blocks)) if i not in resident)
-        window += free
-        places = place([blocks[i] for i in streamed], window)
-        if places is None:
-            continue
-        found = simulate(workload, machine, resident, streamed, places, passes=3)
-        if found.latency < best_timing.latency * (1 - 1e-4):
-            best, best_timing = (frozenset(resident), streamed, places, window), found
-    return best, best_timing
+    left = tuple(i for i in range(len(blocks)) if i not in resident)
+    window += free
+    places = place([blocks[i] for i in left], window)
+    return None if places is None else (frozenset(resident), left, places, window)
+
+
+def _run_before(waited: int, streamed: Sequence[int], lead: Lead) -> list[int]:
+    """The streamed blocks read in one go up to ``waited``, since the channel last rested; it is one of them."""
+    at = streamed.index(waited)
+    run = []
+    for step in range(len(streamed)):
+        i = streamed[at - step]  # wraps into the pass before
+        run.append(i)
+        if i in lead.rested:
+            break
+    return run
+
+
+def _slack(resident: set[int], streamed: Sequence[int], lead: Lead) -> dict[int, float]:
+    """For each resident block, by how much the reads that would follow its own come early: the least of a few."""
+    early = [max(lead.early.get(i, 0.0), 1e-6) for i in streamed]
+    slack = {}
+    for i in resident:
+        at = bisect_left(streamed, i)
+        slack[i] = min((early[(at + k) % len(early)] for k in range(_FOLLOWING)), default=1e-6)
+    return slack

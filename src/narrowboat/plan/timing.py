@@ -9,14 +9,17 @@ over has been used for the last time before it:
 ``released[j]`` is the end of the last step that holds a block overlapping block j. With equal slots that is the
 recurrence of Demand Layering and SwapNet (``ex_done[j-m]``); with addresses it is its byte form. Passes follow one
 another: reading for the next begins while this one still computes.
+
+Memory and cores are shared, so a step that computes beside a read takes longer: ``compute[k]`` is its idle time while
+the channel rests and its busy time while it reads, in proportion.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from narrowboat.plan.layout import overlaps
 from narrowboat.plan.model import Machine, Workload
 
 
@@ -30,6 +33,7 @@ class Timing:
         stall_by_block: the same by index of the block waited for.
         bytes_read: bytes read from storage per pass.
         compute: seconds of computing per pass.
+        beside_reading: seconds of computing during which storage was read.
     """
 
     latency: float
@@ -37,12 +41,27 @@ class Timing:
     stall_by_block: dict[int, float]
     bytes_read: int
     compute: float
+    beside_reading: float = 0.0
 
 
-def slowdown(workload: Workload, machine: Machine, reading: float) -> float:
-    """The factor by which a pass computes longer beside ``reading`` seconds of reading."""
-    compute = sum(workload.step_seconds)
-    return 1 + machine.contention * min(reading / compute, 1.0) if compute else 1.0
+@dataclass(slots=True)
+class Lead:
+    """How the reads of the last pass came, by block: what a search looks at.
+
+    Attributes:
+        early: seconds between a block's arrival and its use; negative: waited for.
+        rested: blocks before whose read the channel had nothing to do, for want of room.
+    """
+
+    early: dict[int, float] = field(default_factory=dict)
+    rested: set[int] = field(default_factory=set)
+
+
+def busy_seconds(workload: Workload, machine: Machine) -> Sequence[float]:
+    """Seconds of each step while storage is read all along, bookkeeping left out."""
+    if workload.busy_seconds:
+        return workload.busy_seconds
+    return [seconds * (1 + machine.contention) for seconds in workload.step_seconds]
 
 
 def simulate(
@@ -52,6 +71,7 @@ def simulate(
     streamed: Sequence[int],
     offsets: Sequence[int],
     passes: int = 4,
+    lead: Lead | None = None,
 ) -> Timing:
     """Run ``passes`` passes back to back and report the last.
 
@@ -60,56 +80,99 @@ def simulate(
         streamed: indices of the others, in order of first use, and
         offsets: their place in the window, in the same order.
         passes: how many passes until the steady state is taken as reached.
+        lead: if given, takes what is seen of the reads.
     """
+    overhead = machine.step_overhead
+    if not streamed:
+        compute = sum(workload.step_seconds) + overhead * len(workload.step_seconds)
+        return Timing(compute, 0.0, {}, 0, compute)
     blocks = [workload.blocks[i] for i in streamed]
-    meets = overlaps(blocks, offsets)
-    wanted = sorted((first, last, k) for k, block in enumerate(blocks) for first, last in block.holds)
     cost = [block.read_bytes / machine.bandwidth + machine.read_latency for block in blocks]
-    slow = slowdown(workload, machine, sum(c * len(b.holds) for c, b in zip(cost, blocks, strict=True)))
-    steps = [seconds * slow for seconds in workload.step_seconds]
-    compute = sum(steps) + machine.step_overhead * len(steps)
+    holds = sorted((first, last, k) for k, block in enumerate(blocks) for first, last in block.holds)
+    order = [k for _, _, k in holds]
+    count = len(order)
 
-    released = [0.0] * len(blocks)  # when the block's last hold so far ended
+    # Stretches of steps in which no hold begins or ends.
+    turns = sorted({0, *(first for first, _, _ in holds), *(last + 1 for _, last, _ in holds)})
+    begins: dict[int, list[tuple[int, int]]] = {}
+    ends: dict[int, list[int]] = {}
+    for first, last, k in holds:
+        begins.setdefault(first, []).append((last, k))
+        ends.setdefault(last + 1, []).append(k)
+    steps = len(workload.step_seconds)
+    busy_of = busy_seconds(workload, machine)
+    stretches: list[tuple[float, float, list[int], list[tuple[int, int]]]] = []
+    for at, turn in enumerate(turns):
+        if turn >= steps > 0:
+            break
+        until = min(turns[at + 1], steps) if at + 1 < len(turns) else steps
+        idle = sum(workload.step_seconds[turn:until]) + overhead * (until - turn)
+        busy = sum(busy_of[turn:until]) + overhead * (until - turn)
+        released = ends.get(turn, []) if turn else []
+        stretches.append((idle, busy, released, begins.get(turn, [])))
+    at_end = [k for step, ended in ends.items() if step >= steps for k in ended]
+
     inside = [False] * len(blocks)
-    reader = 0.0
-    now = 0.0
-    latency, stall, bytes_read = compute, 0.0, 0
+    starts: list[int] = []  # where the blocks inside lie, which never overlap, ascending
+    there: list[int] = []  # and which they are
+    arrives = [0.0] * len(blocks)
+    wanted = [0] * len(blocks)  # uses a block has been provided for, and that it is held by
+    head = cursor = 0  # uses begun and uses provided for, counted over passes
+    reader = now = 0.0
+    latency, stall, bytes_read, compute, beside = 0.0, 0.0, 0, 0.0, 0.0
     by_block: dict[int, float] = {}
-    # Reads are issued in order of use, so walking the uses in order computes both chains in one sweep. Within a
-    # step all reads are due at its start; the release time of a block is the end of its hold.
-    prefix = [0.0]
-    for seconds in steps:
-        prefix.append(prefix[-1] + seconds + machine.step_overhead)
-    for _ in range(passes):
+    for number in range(passes):
         begin = now
-        origin = now  # time at which step 0 would have begun had there been no stall since
-        pass_stall, pass_bytes = 0.0, 0
-        by_block = {}
-        pending: list[tuple[int, int]] = []  # (last step, block) holds whose end is not dated yet
-        for first, last, k in wanted:
-            still: list[tuple[int, int]] = []
-            for end, other in pending:
-                if end < first:
-                    released[other] = origin + prefix[end + 1]
-                else:
-                    still.append((end, other))
-            pending = still
-            if not inside[k]:
-                ready = reader
-                for other in meets[k]:
-                    inside[other] = False
-                    ready = max(ready, released[other])
-                reader = ready + cost[k]
-                pass_bytes += blocks[k].read_bytes
-                inside[k] = True
-                due = origin + prefix[first]
-                if reader > due:
-                    origin += reader - due
-                    pass_stall += reader - due
-                    by_block[streamed[k]] = by_block.get(streamed[k], 0.0) + reader - due
-            pending.append((last, k))
-        for end, other in pending:
-            released[other] = origin + prefix[end + 1]
-        now = origin + prefix[-1]
-        latency, stall, bytes_read = now - begin, pass_stall, pass_bytes
-    return Timing(latency, stall, by_block, bytes_read, compute)
+        watched = lead if number == passes - 1 else None
+        stall, bytes_read, compute, beside, by_block = 0.0, 0, 0.0, 0.0, {}
+        for idle, busy, released, beginning in stretches:
+            for k in released:
+                wanted[k] -= 1
+            limit = head + count + len(beginning)
+            while cursor < limit:
+                k = order[cursor % count]
+                if not inside[k]:
+                    low, high = offsets[k], offsets[k] + blocks[k].nbytes
+                    at = bisect_right(starts, low)
+                    if at and starts[at - 1] + blocks[there[at - 1]].nbytes > low:
+                        at -= 1
+                    end = bisect_left(starts, high, at)
+                    if any(wanted[other] for other in there[at:end]):
+                        break
+                    for other in there[at:end]:
+                        inside[other] = False
+                    starts[at:end] = [low]
+                    there[at:end] = [k]
+                    if watched is not None and reader < now:
+                        watched.rested.add(streamed[k])
+                    reader = (reader if reader > now else now) + cost[k]
+                    arrives[k] = reader
+                    inside[k] = True
+                    bytes_read += blocks[k].read_bytes
+                wanted[k] += 1
+                cursor += 1
+            for _, k in beginning:
+                if watched is not None:
+                    watched.early[streamed[k]] = min(
+                        now - arrives[k], watched.early.get(streamed[k], now - arrives[k])
+                    )
+                if arrives[k] > now:
+                    waited = arrives[k] - now
+                    stall += waited
+                    by_block[streamed[k]] = by_block.get(streamed[k], 0.0) + waited
+                    now = arrives[k]
+            head += len(beginning)
+            reading = reader - now
+            if reading <= 0.0 or busy <= 0.0:
+                spent, reading = idle, 0.0
+            elif reading >= busy:
+                spent = reading = busy
+            else:
+                spent = reading + idle * (1 - reading / busy) if busy != idle else idle
+            now += spent
+            compute += spent
+            beside += reading
+        for k in at_end:
+            wanted[k] -= 1
+        latency = now - begin
+    return Timing(latency, stall, by_block, bytes_read, compute, beside)

@@ -20,7 +20,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.cpu import cpu_supply
 from narrowboat.machine.malloc import MallocPolicy
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -31,7 +31,10 @@ class MeasuredProfile:
         identity: what they depend on, by name.
         policy: the allocator policy they were taken under.
         step_seconds: computing time of each step of a pass, seconds.
-        contention: by what share a pass computes longer while storage is read all along; 0 where not measured.
+        contention: by what share a pass computes longer while storage is read all along; None where not measured.
+        slowed: for each step, the factor by which it takes longer then; empty where not measured.
+        needs: by allocator policy, the most bytes that the process took beside the weights; empty where not measured.
+        paces: by allocator policy, seconds of computing per pass.
         bandwidths: bytes per second of single reads beside computing, sorted; empty where not measured.
         blocks: for people: each block's name, bytes, uses, computing times and live activation bytes.
         table: rows of a ``plan.table.PlanTable``, as JSON; empty until a curve was computed.
@@ -41,7 +44,10 @@ class MeasuredProfile:
     identity: dict[str, str]
     policy: str
     step_seconds: list[float]
-    contention: float = 0.0
+    contention: float | None = None
+    slowed: list[float] = field(default_factory=list)
+    needs: dict[str, int] = field(default_factory=dict)
+    paces: dict[str, float] = field(default_factory=dict)
     bandwidths: list[float] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
@@ -101,13 +107,17 @@ def read_profile(path: Path, identity: dict[str, str]) -> MeasuredProfile:
             identity={str(k): str(v) for k, v in raw["identity"].items()},
             policy=MallocPolicy(raw["policy"]).value,
             step_seconds=[float(s) for s in raw["step_seconds"]],
-            contention=float(raw["contention"]),
+            contention=None if raw["contention"] is None else float(raw["contention"]),
+            slowed=[float(factor) for factor in raw["slowed"]],
+            needs={MallocPolicy(name).value: int(nbytes) for name, nbytes in raw["needs"].items()},
+            paces={MallocPolicy(name).value: float(seconds) for name, seconds in raw["paces"].items()},
             bandwidths=[float(b) for b in raw["bandwidths"]],
             blocks=list(raw["blocks"]),
             table=list(raw["table"]),
             least=(int(raw["least"][0]), str(raw["least"][1])) if raw["least"] is not None else None,
         )
-        if raw["format"] != FORMAT or any(not 0 <= s < 1e6 for s in [*found.step_seconds, found.contention]):
+        numbers = [*found.step_seconds, *found.slowed, *found.paces.values(), found.contention or 0.0]
+        if raw["format"] != FORMAT or any(not 0 <= number < 1e6 for number in numbers):
             raise ValueError("values out of range")
     except OSError as error:
         raise ProfileError(f"profile {path}: {error.strerror or error}") from error

@@ -17,8 +17,11 @@ from narrowboat.profile.use_trace import UseTrace
 _RESERVE = {
     MallocPolicy.DEFAULT: (1.7, 24 << 20),
     MallocPolicy.BALANCED: (1.3, 12 << 20),
+    MallocPolicy.LEAN: (1.2, 6 << 20),
     MallocPolicy.STRICT: (1.15, 3 << 20),
 }
+# Which of ``use_trace.PIECES`` is the least that a policy gives back.
+_PIECE_OF = {MallocPolicy.BALANCED: 2, MallocPolicy.LEAN: 1, MallocPolicy.STRICT: 0}
 
 
 def activation_parts(trace: UseTrace, policy: MallocPolicy) -> dict[str, int]:
@@ -31,7 +34,7 @@ def fault_seconds(trace: UseTrace, policy: MallocPolicy) -> float:
     """Seconds per pass that the policy spends on faulting memory in again."""
     if policy is MallocPolicy.DEFAULT:
         return 0.0
-    return trace.taken[0 if policy is MallocPolicy.STRICT else 1] / fault_rate()
+    return trace.taken[_PIECE_OF[policy]] / fault_rate()
 
 
 # A thread that computes has a stack, packing buffers and a heap of its own, and so has each thread of its OpenMP team:

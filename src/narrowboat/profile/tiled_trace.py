@@ -10,10 +10,8 @@ from torch import nn
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.tiled_forward import CONVOLUTIONS
 from narrowboat.profile.tiles import TiledLayer, Tiling
-from narrowboat.profile.use_trace import ENTER, EXIT, UseTrace
+from narrowboat.profile.use_trace import ENTER, EXIT, PIECES, UseTrace
 
-_KEPT = 64 << 10  # pieces from here on are given back to the system by the strict allocator policy
-_LARGE = 1 << 20  # and these by the balanced one
 _STRIPS = (2, 4, 8, 16, 32)
 _THIN = 256 << 10  # bytes of input that a strip should have: kernels choose their path by size
 
@@ -107,13 +105,13 @@ def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
                 _look_up(out, trace, step, layer, tiling)
             else:
                 piece = _tile(out, trace, step, layer, tiling, modules[layer.number])
-                for at, least in enumerate((_KEPT, _LARGE)):
+                for at, least in enumerate(PIECES):
                     taken[at] += int(trace.traffic[step]) if piece >= least else 0
         ends.append(len(out.events) - 1)
     out.holds = [(w, starts[first], ends[last]) for w, first, last in trace.holds]
     before = trace.activation_bytes if trace.activation_bytes > max(trace.peaks, default=0) else 0
     out.activation_bytes = max([before, *out.peaks])
-    out.taken = (taken[0], taken[1])
+    out.taken = tuple(taken)
     return out
 
 

@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 5
+_FORMAT = 6
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -104,7 +104,7 @@ def load_trace(key: str) -> UseTrace | None:
             looked_up=[int(n) for n in kept["looked_up"]],
             rows=[int(n) for n in kept["rows"]],
             activation_bytes=int(kept["activation_bytes"]),
-            taken=(int(kept["taken"][0]), int(kept["taken"][1])),
+            taken=tuple(int(nbytes) for nbytes in kept["taken"]),
             written=set(kept["written"]),
             output_bytes=int(kept["output_bytes"]),
             alive=[int(nbytes) for nbytes in kept["alive"]],

@@ -30,6 +30,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from narrowboat.profile.skeleton import tensor_names
 
 ENTER, EXIT = 0, 1
+PIECES = (
+    64 << 10,
+    256 << 10,
+    1 << 20,
+)  # sizes from which on allocator policies give memory back
 Event = tuple[int, int]  # (module number, ENTER or EXIT)
 
 
@@ -48,7 +53,7 @@ class UseTrace:
         looked_up: indices that embedding operators are given in each step.
         rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
-        taken: ``(bytes from 64 KiB up, bytes from 1 MiB up)`` allocated over the pass in pieces of at least that size;
+        taken: bytes allocated over the pass in pieces of at least the sizes ``PIECES``;
             what an allocator policy that gives memory back has to fault in again.
         written: weights that the pass modifies in place.
         output_bytes: bytes of the pass's results.
@@ -66,7 +71,7 @@ class UseTrace:
     looked_up: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
-    taken: tuple[int, int] = (0, 0)
+    taken: tuple[int, ...] = (0,) * len(PIECES)
     written: set[int] = field(default_factory=set)
     output_bytes: int = 0
     alive: list[int] = field(default_factory=list)
@@ -105,7 +110,7 @@ class _Recorder(TorchDispatchMode):
         self.mode = mode
         self.alive = 0
         self.peak = 0
-        self.taken = [0, 0]
+        self.taken = [0] * len(PIECES)
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._made_in: dict[int, int] = {}  # id of a view of a weight -> step it was made in
         self._views: list[torch.Tensor] = []
@@ -177,10 +182,9 @@ class _Recorder(TorchDispatchMode):
             self.trace.peaks[-1] = max(self.trace.peaks[-1], nbytes)
 
     def _take(self, nbytes: int) -> None:
-        if nbytes >= 64 << 10:
-            self.taken[0] += nbytes
-        if nbytes >= 1 << 20:
-            self.taken[1] += nbytes
+        for at, least in enumerate(PIECES):
+            if nbytes >= least:
+                self.taken[at] += nbytes
 
     def _freed(self, nbytes: int) -> None:
         self.alive -= nbytes
@@ -296,7 +300,7 @@ def trace_uses(
     finally:
         _forget_fakes(caches)
     trace.activation_bytes = recorder.peak
-    trace.taken = (recorder.taken[0], recorder.taken[1])
+    trace.taken = tuple(recorder.taken)
     return trace
 
 

@@ -15,7 +15,6 @@ from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import UsageError
 from narrowboat.machine.storage_choice import StorageChoice
 from narrowboat.plan.advice import advise
-from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.curve import smallest_budget
@@ -111,8 +110,7 @@ def foresee(
     prepared = fit(prepared, budget if budget is not None else prepared.enough())
     if bandwidth is None:
         measured = read_bandwidth(prepared.index, prepared.storage)
-    contention = prepared.measured.contention if prepared.measured is not None else 0.0
-    machine = Machine(bandwidth=bandwidth or measured or 1e9, contention=contention)
+    machine = prepared.machine(bandwidth or measured or 1e9)
     if budget is None:
         assert target is not None
         budget = smallest_budget(prepared, machine, target).budget

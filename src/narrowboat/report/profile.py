@@ -14,7 +14,8 @@ from torch import nn
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ModelError
-from narrowboat.machine.memory import memory_limits
+from narrowboat.machine.malloc import MallocPolicy, allocator_name, set_malloc_policy, trim
+from narrowboat.machine.memory import memory_limits, process_memory, reset_peak, resident_bytes
 from narrowboat.profile.measured import MeasuredProfile, save_profile
 from narrowboat.report.curve import pareto
 from narrowboat.stream.api import session, stream
@@ -26,6 +27,11 @@ from narrowboat.trace import Trace
 _SETTLING = 3  # passes before what they take is believed
 _PIECE = 4 << 20  # bytes of one read of the storage measurement
 _SHARE = 0.8  # of the available memory
+_FRUGAL = (MallocPolicy.BALANCED, MallocPolicy.LEAN, MallocPolicy.STRICT)
+_PER_POLICY = 3  # passes, the first of them to settle
+_AT_REST = 2 << 20  # bytes: what the heap keeps of small pieces
+_TELLING = 2e-4  # seconds that a step takes at least, if it is to be told apart
+_MOST_SLOWED = 2.0
 
 
 def measure_profile(
@@ -33,7 +39,7 @@ def measure_profile(
     weights: str | Path | WeightsIndex,
     inputs: tuple[Any, ...],
     *,
-    passes: int = 5,
+    passes: int = 4,
     table: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MeasuredProfile:
@@ -55,7 +61,7 @@ def measure_profile(
     """
     budget = int(memory_limits().available * _SHARE)
     model = stream(factory, weights, budget=budget, example=inputs)
-    total = _SETTLING + 2 * passes
+    total = _SETTLING + 2 * passes + len(_FRUGAL) * _PER_POLICY
     with session(model) as handle, torch.inference_mode():
         prepared = handle.prepared
         measured = prepared.measured
@@ -63,33 +69,84 @@ def measure_profile(
             raise ModelError(
                 f"a model that cannot be traced without running it has no profile: {prepared.why_untraced}"
             )
-        for done in range(_SETTLING):
+        done = 0
+
+        def run() -> None:
+            nonlocal done
             model(*inputs)
-            progress(done + 1, total)
-        idle = _steps(handle, lambda: model(*inputs), passes, lambda n: progress(_SETTLING + n, total))
+            done += 1
+            progress(done, total)
+
+        for _ in range(_SETTLING):
+            run()
+        trim()
+        traced_here = max(resident_bytes() - handle.baseline - handle.plan.arena_bytes - _objects(prepared), 0)
+        counted = reset_peak() and handle.alone
+        idle = _steps(handle, run, passes)
+        measured.needs = {prepared.policy.value: _beside_weights(handle) - traced_here} if counted else {}
+        measured.paces = {prepared.policy.value: sum(idle)}
         with _BusyReader(handle) as reader:
-            busy = _steps(handle, lambda: model(*inputs), passes, lambda n: progress(_SETTLING + passes + n, total))
+            busy = _steps(handle, run, passes)
+        all_resident = not handle.plan.streamed
         measured.step_seconds, measured.policy = idle, prepared.policy.value
-        measured.contention = 0.0 if handle.plan.streamed else max(sum(busy) / max(sum(idle), 1e-9) - 1, 0.0)
+        measured.contention = max(sum(busy) / max(sum(idle), 1e-9) - 1, 0.0) if all_resident else None
+        measured.slowed = _slowed(idle, busy) if all_resident else []
         measured.bandwidths = sorted(reader.bandwidths)
         measured.blocks = _blocks(prepared, idle, busy)
+        if counted and prepared.policy is MallocPolicy.DEFAULT and allocator_name() == "glibc":
+            _measure_frugal(handle, run, measured, traced_here)
+        measured.least = None  # what policies need has been measured since
         prepared.step_seconds, prepared.measured_under = tuple(idle), prepared.policy
         prepared.corrections.clear()
         if table:
             typical = statistics.median(measured.bandwidths) if measured.bandwidths else handle.machine.bandwidth
-            machine = type(handle.machine)(bandwidth=typical, contention=measured.contention)
-            measured.table = pareto(prepared, machine).to_json()
+            measured.table = pareto(prepared, prepared.machine(typical)).to_json()
         save_profile(measured)
     return measured
 
 
-def _steps(handle: Session, run: Callable[[], Any], passes: int, progress: Callable[[int], None]) -> list[float]:
+def _objects(prepared: Prepared) -> int:
+    """Bytes beside the weights that a session holds at rest; a process that has traced a model holds more."""
+    return sum(prepared.fixed_parts.values()) + _AT_REST
+
+
+def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredProfile, besides: int) -> None:
+    """What passes take, in memory and in time, under the allocator policies that give memory back.
+
+    Args:
+        besides: bytes of the process that are no session's.
+    """
+    try:
+        for policy in _FRUGAL:
+            set_malloc_policy(policy)
+            trim()
+            run()
+            reset_peak()
+            seconds = sum(_steps(handle, run, _PER_POLICY - 1))
+            measured.needs[policy.value] = _beside_weights(handle) - besides
+            measured.paces[policy.value] = seconds
+    finally:
+        set_malloc_policy(MallocPolicy.DEFAULT)
+        trim()
+
+
+def _beside_weights(handle: Session) -> int:
+    """The most bytes that the process took over its baseline and the arena since the peak was last reset."""
+    return max(process_memory().hwm - handle.baseline - handle.plan.arena_bytes, 0)
+
+
+def _slowed(idle: list[float], busy: list[float]) -> list[float]:
+    """By what factor each step takes longer beside reading; that of the pass for steps too short to tell."""
+    overall = max(sum(busy) / max(sum(idle), 1e-9), 1.0)
+    return [min(max(b / i, 1.0), _MOST_SLOWED) if i >= _TELLING else overall for i, b in zip(idle, busy, strict=True)]
+
+
+def _steps(handle: Session, run: Callable[[], Any], passes: int) -> list[float]:
     """Median seconds of each step over some passes, waiting left out."""
     seen = []
-    for number in range(passes):
+    for _ in range(passes):
         run()
         seen.append(list(handle.records[-1].step_seconds))
-        progress(number + 1)
     return [statistics.median(of_step) for of_step in zip(*seen, strict=True)]
 
 

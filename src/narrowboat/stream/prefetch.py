@@ -25,7 +25,10 @@ class Prefetcher:
         order: the uses of one pass, by first step.
         begins: the uses that begin at each step.
         turns: the steps at which a use begins or has just ended.
+        wraps: reading goes on past the end of a pass, into the next.
     """
+
+    wraps = True
 
     def __init__(self, swapper: Swapper) -> None:
         self._swapper = swapper
@@ -56,10 +59,10 @@ class Prefetcher:
         self._head += 1
 
     def advance(self) -> None:
-        """Submit reads as far ahead as free addresses allow, at most one pass."""
+        """Submit reads as far ahead as free addresses allow, at most one pass, or to its end."""
         order = self.order
         count = len(order)
-        limit = self._head + count
+        limit = self._head + count if self.wraps or not count else -(-self._head // count) * count
         while self._cursor < limit:
             block = order[self._cursor % count][2]
             if block.state is State.OUT and block.pins == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,8 @@ _MISFIT = (
     "Given normalized_shape=",
     "to have the same number of channels",
 )
+_CONTENTION = 0.08  # where it was not measured: 0 to 0.17 were seen in the zoo's models on two cores
+_NEED_MARGIN, _NEED_NOISE = 1.06, 1 << 20  # over the most that a profile's passes took beside the weights
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -102,6 +105,18 @@ class Prepared:
     def weights(self) -> list[Weight]:
         """All weights, by number."""
         return self.matched.weights
+
+    def machine(self, bandwidth: float) -> Machine:
+        """The planner's view of a storage, with what a profile knows of reading and computing beside each other.
+
+        Args:
+            bandwidth: bytes per second of a read now.
+        """
+        known = self.measured.contention if self.measured is not None else None
+        beside = self.measured.bandwidths if self.measured is not None else []
+        if known is not None and beside:
+            bandwidth = min(bandwidth, statistics.median(beside))  # a probe reads while nothing computes
+        return Machine(bandwidth=bandwidth, contention=_CONTENTION if known is None else known)
 
     def workload(self) -> tuple[Workload, list[Group]]:
         """What the planner is given under the policy in force, and the weights each of its blocks stands for."""
@@ -267,21 +282,39 @@ class Prepared:
             correction = self.corrections.get(policy, 0)
             if together > 1:
                 correction = max(correction, 0)  # what single passes did not need, several heaps may
+            elif self.measured is not None and policy.value in self.measured.needs:
+                beside = sum(reserved.values()) - reserved["allocator"]
+                need = int(self.measured.needs[policy.value] * _NEED_MARGIN) + _NEED_NOISE
+                reserved["allocator"] = max(need - beside, 0)
             reserved["allocator"] = max(reserved["allocator"] + correction, 0 if together > 1 else left_behind)
-            faults = fault_seconds(trace, policy)
-            if self.measured_under is not None:
-                faults -= fault_seconds(trace, self.measured_under)  # those are in the times already
-            slower = max(1 + faults / max(sum(seconds), 1e-9), 0.2)
-            if faults:
+            slower = self._pace(trace, policy, sum(seconds))
+            if slower != 1.0:
                 seconds = tuple(s * slower for s in seconds)
         parts = tuple(reserved.items())
-        workload = Workload(tuple(g.block for g in groups), seconds, sum(nbytes for _, nbytes in parts), parts)
+        slowed = self.measured.slowed if self.measured is not None else []
+        workload = Workload(
+            tuple(g.block for g in groups),
+            seconds,
+            sum(nbytes for _, nbytes in parts),
+            parts,
+            tuple(s * factor for s, factor in zip(seconds, slowed, strict=False)) if slowed else (),
+        )
         if together == 1:
             return workload, groups
         boundaries = {first for block in workload.blocks for first, _ in block.holds}
         each = in_flight_bytes(trace, boundaries, policy, torch.get_num_threads()) + self.in_flight_correction
         # What an earlier map's threads have left behind, the next one's use again.
         return sweep(workload, together, max(each, left_behind // (together - 1))), groups
+
+    def _pace(self, trace: UseTrace, policy: MallocPolicy, seconds: float) -> float:
+        """The factor from the computing times known to those under ``policy``."""
+        under, paces = self.measured_under, self.measured.paces if self.measured is not None else {}
+        if under is not None and under.value in paces and policy.value in paces:
+            return paces[policy.value] / max(paces[under.value], 1e-9)
+        faults = fault_seconds(trace, policy)
+        if under is not None:
+            faults -= fault_seconds(trace, under)  # those are in the times already
+        return max(1 + faults / max(seconds, 1e-9), 0.2)
 
 
 def prepare(

@@ -25,7 +25,6 @@ from narrowboat.errors import (
 from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.machine.memory import resident_bytes
 from narrowboat.machine.openmp import warn_about_openmp
-from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.profile.skeleton import attach_slots
 from narrowboat.profile.tiles import install, uninstall
@@ -118,8 +117,7 @@ class Session:
             self.files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
         )
         try:
-            contention = prepared.measured.contention if prepared.measured is not None else 0.0
-            self.machine = Machine(bandwidth=quick_bandwidth(self.reader, self.files), contention=contention)
+            self.machine = prepared.machine(quick_bandwidth(self.reader, self.files))
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)
             trim()  # what building and tracing left free in the heap

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrowboat")
 _MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
-_WORTH_MOVING = 0.03  # predicted gain for which the resident set is read again
+_WORTH_MOVING = 0.02  # predicted gain for which the resident set is read again
+_WORTH_SPARING, _NO_LOSS = 0.1, 0.002  # or a share of the reading that a plan as quick does without
 
 
 def learn(session: Session, observed: UseTrace, record: PassRecord) -> None:
@@ -59,11 +60,15 @@ def settle(session: Session, record: PassRecord) -> None:
         record: of a complete pass.
     """
     prepared = session.prepared
-    slow = 1 + session.machine.contention * min(record.read_busy / max(record.compute, 1e-9), 1.0)
+    before, machine = session.plan, session.machine
     if record.read_busy > 0.005 and record.bytes_read:
-        session.machine = replace(session.machine, bandwidth=record.bytes_read / record.read_busy)
-    prepared.learn(record.step_seconds, slow, session.machine.bandwidth)
-    before = session.plan
+        waiting = machine.read_latency * sum(len(before.blocks[i].holds) for i in before.streamed)
+        reading = max(record.read_busy - waiting, record.read_busy / 2)
+        session.machine = replace(machine, bandwidth=record.bytes_read / reading)
+    # What was computed beside reading would have taken less alone.
+    beside = min(max(record.read_busy - record.stall, 0.0), record.compute)
+    alone = record.compute - beside * machine.contention / (1 + machine.contention)
+    prepared.learn(record.step_seconds, record.compute / max(alone, 1e-9), session.machine.bandwidth)
     session.plan = replace(
         retime(before, prepared.workload()[0], session.machine), minimum=before.minimum, limiter=before.limiter
     )
@@ -79,7 +84,9 @@ def settle(session: Session, record: PassRecord) -> None:
     except BudgetError as error:
         log.warning("%s", error)
         return
-    if over or better.predicted_latency < session.plan.predicted_latency * (1 - _WORTH_MOVING):
+    gain = 1 - better.predicted_latency / session.plan.predicted_latency
+    spared = 1 - better.timing.bytes_read / max(session.plan.timing.bytes_read, 1)
+    if over or gain > _WORTH_MOVING or (gain > -_NO_LOSS and spared > _WORTH_SPARING):
         session.put_in_force(better, groups)
 
 

@@ -99,8 +99,12 @@ def _import_for_children(airllm: bool) -> None:
             factory()
         MODELS["vgg19"]()
     import tokenizers  # noqa: F401
+    import transformers.conversion_mapping
+    import transformers.core_model_loading
     import transformers.generation  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+
+    import narrowboat.stream.pretrained  # noqa: F401
 
     if airllm:
         import airllm as _  # noqa: F401

@@ -26,7 +26,7 @@ class Effort:
     """How much of the decoder is measured.
 
     Attributes:
-        rounds: times that plain transformers and narrowboat run.
+        rounds: times that plain transformers and packed narrowboat run.
         other_rounds: of these, how many include the other subjects.
         prompt: tokens of the prompt.
         tokens: new tokens.
@@ -70,7 +70,7 @@ class DecoderCampaign:
     def run(self) -> dict[str, Any]:
         """Every round, every subject once, each time in another order."""
         for number in range(self.effort.rounds):
-            central = [s for s in self.subjects if s == "resident" or SUBJECTS[s].ours]
+            central = [s for s in self.subjects if s in ("resident", "narrowboat")]
             taking_part = self.subjects if number < self.effort.other_rounds else central
             turn = number % len(taking_part)
             for subject in taking_part[turn:] + taking_part[:turn]:

@@ -29,7 +29,7 @@ def derive_decoder(result: dict[str, Any]) -> Cell:
     fixed_bytes        of narrowboat's plan (median over children)
     must_read_bytes    by name of the formula: ``checked`` is bytes_per_token - (budget - fixed),
                        ``strictest`` bytes_per_token - budget, ``all weights`` weights - budget
-    bandwidth          bytes per second, median over narrowboat's children of ``storage``
+    bandwidth          bytes per second, median of ``storage`` over packed narrowboat's children
     direct_reads       bytes per second, the direct reads before and after them
     rows               by subject, see ``_row``
     ================== ===========================================================================
@@ -50,7 +50,7 @@ def derive_decoder(result: dict[str, Any]) -> Cell:
         **{key: result[key] for key in kept},
         "fixed_bytes": fixed,
         "must_read_bytes": reading,
-        "bandwidth": _median(storage(r) for r in records),
+        "bandwidth": _median(storage(r) for r in records if r["subject"] == "narrowboat"),
         "direct_reads": result["bandwidths"],
         "rows": {name: _row(name, records, reading, reference, result["new_tokens"]) for name in names},
     }
@@ -125,7 +125,8 @@ def derive_map(runs: list[dict[str, Any]]) -> Cell:
     """Figures of ``benchmarks/map.py``'s runs: seconds each way, the ratio, and why.
 
     ``read_over_compute`` says how far single passes wait for storage: seconds of reading over seconds of computing in
-    a pass. A sweep computes as much for each input as a single pass does, so that ratio is the most it can gain.
+    a pass. A sweep computes as much for each input as a single pass does, so that ratio is about the most it can gain:
+    a little more where reading beside it slows the computing of single passes.
     """
     seconds = {
         way: statistics.median(r["seconds"] for r in runs if r["way"] == way and r["seconds"])

@@ -155,7 +155,7 @@ def _parts(record: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
         found.append(("One pass at a time", _SINGLE_COLUMNS, single_rows(record["single"]), []))
     if record["maps"]:
         inputs = record["maps"][0]["inputs"]
-        note = "Reading and computing are those of a single pass; a sweep can gain at most their ratio."
+        note = "Reading and computing are those of a single pass; a sweep can gain about their ratio."
         found.append((f"map over {inputs} inputs", _MAP_COLUMNS, map_rows(record["maps"]), [note]))
     return found
 

@@ -13,10 +13,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench clean
+.PHONY: help venv install demo test lint format bench bench-generate clean
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(BIN)/python  ## make an empty virtual environment in .venv
 
@@ -46,6 +46,9 @@ format: $(STAMP)  ## let ruff put the code into shape
 
 bench: $(STAMP)  ## measure against plain PyTorch, mmap, accelerate and diffusers (ARGS=...)
 	$(BIN)/python benchmarks/inference.py $(ARGS)
+
+bench-generate: $(STAMP)  ## measure decoding against accelerate, AirLLM and mmap, and sweeps of many inputs (ARGS=...)
+	$(BIN)/python benchmarks/generate.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

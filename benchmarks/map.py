@@ -1,6 +1,7 @@
 """Many inputs per sweep against single passes: 64 inputs through a model that waits for its storage.
 
     python benchmarks/map.py                          # llama_1b, one token an input, a third of the weights
+    python benchmarks/map.py --model mlp              # float32, one row: waits for storage eight times as long
     python benchmarks/map.py --model minilm --divisor 4 --inputs 64 --batch 8
 
 The zoo's decoder of 1.1 billion parameters, given one token, multiplies each of its 2.2 GB of weights with one vector:
@@ -31,11 +32,11 @@ def child(name: str, path: Path, way: str, budget: int, count: int, batch: int) 
     import torch
 
     import narrowboat as nb
-    from narrowboat import zoo
+    from map_models import factory
 
-    factory = zoo.get(name)
-    inputs = list(varied(factory.example_inputs(), count, tokens=1 if name == "llama_1b" else 0))
-    model = nb.stream(factory, path, budget=budget, example=inputs[0]).eval()
+    made = factory(name)
+    inputs = list(varied(made.example_inputs(), count, tokens=1 if name == "llama_1b" else 0))
+    model = nb.stream(made, path, budget=budget, example=inputs[0]).eval()
     session = nb.session(model)
     digest = hashlib.sha256()
     with torch.inference_mode():
@@ -58,6 +59,9 @@ def child(name: str, path: Path, way: str, budget: int, count: int, batch: int) 
         "sweep_ms": [round(ms, 1) for ms in stats["map_sweep_ms"]],
         "predicted_sweep_ms": round(stats["map_predicted_sweep_ms"], 1),
         "peak_over_budget": stats["peak_bytes"] - budget,
+        "pass_read_ms": [round(ms, 1) for ms in stats["read_ms"]],
+        "pass_compute_ms": [round(ms, 1) for ms in stats["compute_ms"]],
+        "bandwidth_bytes_per_s": stats["bandwidth_bytes_per_s"],
         "digest": digest.hexdigest(),
     }
 
@@ -126,13 +130,18 @@ def main() -> int:
 
 def prepared(name: str, folder: Path) -> Path:
     """Random weights of the model, packed."""
-    import narrowboat as nb
-    from narrowboat.zoo.save import save_random_weights
+    import torch
 
-    save_random_weights(name, folder / "random.safetensors")
-    nb.pack(folder / "random.safetensors", folder / "packed.safetensors")
-    (folder / "random.safetensors").unlink()
-    return folder / "packed.safetensors"
+    import narrowboat as nb
+    from map_models import factory
+    from narrowboat.zoo.save import random_tensor
+
+    with torch.device("meta"):
+        shapes = factory(name)().state_dict()
+    weights = {key: random_tensor(key, tensor, 0) for key, tensor in shapes.items()}
+    path = folder / f"{name}.map.safetensors"
+    nb.pack(weights, path)
+    return path
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ class Campaign:
         self.minimum = self._find_minimum()
         self.budgets = self._choose_budgets(divisors)
 
+    def add_budget(self, nbytes: int) -> None:
+        """One more budget, in bytes, whether it is feasible or not."""
+        self.budgets.append(Budget(format_bytes(nbytes), nbytes, self.weight_bytes / nbytes, False))
+
     def run(self) -> dict[str, Any]:
         """Every round, every budget, every subject once, each time in another order."""
         self.files.drop_caches()

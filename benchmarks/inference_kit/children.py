@@ -124,8 +124,8 @@ def _child(
             code = 0
         except Exception as error:
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".replace("\n", " ")
-            emit("error", message=text[:400], minimum=getattr(error, "minimum", None))
+            said = f"{type(error).__name__}: {error}".replace("\n", " ")
+            emit("error", message=said[:400], minimum=getattr(error, "minimum", None))
     finally:
         sys.stderr.flush()
         sys.stdout.flush()

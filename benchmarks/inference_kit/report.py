@@ -121,6 +121,20 @@ def _heading(model: str, cell: dict[str, Any]) -> str:
     )
 
 
+def conditions(facts: dict[str, Any]) -> list[str]:
+    """The machine, and how subjects are limited, as lines of Markdown."""
+    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
+    return [
+        f"Machine: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, Linux {facts['kernel']}, "
+        f"Python {facts['python']}, {packages}, `GOMP_SPINCOUNT={facts['GOMP_SPINCOUNT']}`.",
+        "",
+        f"Every subject but plain PyTorch is limited: {facts['memory_limit']}, set to a warm process without a model "
+        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; "
+        "everything charged counts, page cache included. Each run is a child process, subjects take turns, and "
+        "the weights are out of the page cache at the start of each.",
+    ]
+
+
 def write_markdown(
     path: Path,
     facts: dict[str, Any],
@@ -129,19 +143,12 @@ def write_markdown(
     busy: list[dict[str, Any]],
 ) -> None:
     """The tables, how they were made, and the verdicts."""
-    packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     lines = [
         "# Inference inside a byte budget",
         "",
         "Made by `make bench`; the raw numbers are in `inference.json`.",
         "",
-        f"Machine: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, Linux {facts['kernel']}, "
-        f"Python {facts['python']}, {packages}, `GOMP_SPINCOUNT={facts['GOMP_SPINCOUNT']}`.",
-        "",
-        f"Every subject but plain PyTorch is limited: {facts['memory_limit']}, set to a warm process without a model "
-        f"({format_bytes(facts['baseline_charged_bytes'])}) + budget + {format_bytes(facts['slack_bytes'])}; "
-        "everything charged counts, page cache included. Each run is a child process, subjects take turns, and "
-        "the weights are out of the page cache at the start of each.",
+        *conditions(facts),
         "",
         "*ms / pass*: the median over children of their median passes, without the first ones. *x plain*: over plain "
         "PyTorch with everything in memory in the same round (median of the rounds). *x bound*: over max(plain "
@@ -158,11 +165,11 @@ def write_markdown(
         lines += [
             f"## {_heading(model, cells[0])}",
             "",
-            _markdown_row(_COLUMNS),
-            _markdown_row(["---"] * len(_COLUMNS)),
+            markdown_row(_COLUMNS),
+            markdown_row(["---"] * len(_COLUMNS)),
         ]
         for cell in cells:
-            lines += [_markdown_row(_values(cell, name)) for name in _ordered(cell)]
+            lines += [markdown_row(_values(cell, name)) for name in _ordered(cell)]
         details = {
             f"- {SUBJECTS[name].label} at {cell['budget']}: {cell['rows'][name]['detail']}"
             for cell in cells
@@ -174,22 +181,28 @@ def write_markdown(
         lines += [
             "## OpenMP's waiting (plain resnet101)",
             "",
-            _markdown_row(("policy", "alone", "one busy process beside")),
+            markdown_row(("policy", "alone", "one busy process beside")),
         ]
-        lines += [_markdown_row(["---"] * 3)]
+        lines += [markdown_row(["---"] * 3)]
         for policy in dict.fromkeys(run["policy"] for run in busy):
             times = {run["busy_processes"]: run["median_ms"] for run in busy if run["policy"] == policy}
-            lines.append(_markdown_row((policy, f"{times[0]:.0f} ms", f"{times[1]:.0f} ms")))
+            lines.append(markdown_row((policy, f"{times[0]:.0f} ms", f"{times[1]:.0f} ms")))
         lines.append("")
-    lines += [f"## Checks: {sum(v['passed'] for v in verdicts)} of {len(verdicts)} pass", ""]
-    lines += [_markdown_row(("", "where", "what", "numbers")), _markdown_row(["---"] * 4)]
-    lines += [
-        _markdown_row(("pass" if v["passed"] else "**FAIL**", v["where"], v["what"], v["numbers"])) for v in verdicts
-    ]
+    lines += verdict_lines(verdicts)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _markdown_row(values: Iterable[str]) -> str:
+def verdict_lines(verdicts: list[dict[str, Any]]) -> list[str]:
+    """The verdicts as Markdown, under a heading with the score."""
+    lines = [f"## Checks: {sum(v['passed'] for v in verdicts)} of {len(verdicts)} pass", ""]
+    lines += [markdown_row(("", "where", "what", "numbers")), markdown_row(["---"] * 4)]
+    return lines + [
+        markdown_row(("pass" if v["passed"] else "**FAIL**", v["where"], v["what"], v["numbers"])) for v in verdicts
+    ]
+
+
+def markdown_row(values: Iterable[str]) -> str:
+    """One row of a Markdown table."""
     return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
 
 

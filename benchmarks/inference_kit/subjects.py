@@ -124,12 +124,13 @@ def _diffusers(files: Material, budget: int) -> Running:
 def _narrowboat(pick: Callable[[Material], Path]) -> Callable[[Material, int], Running]:
     def load(files: Material, budget: int) -> Running:
         module = nb.stream(files.model, pick(files), budget=budget)
-        return Running(module, stats=lambda: _narrowboat_stats(module))
+        return Running(module, stats=lambda: narrowboat_stats(module))
 
     return load
 
 
-def _narrowboat_stats(module: nn.Module) -> dict[str, Any]:
+def narrowboat_stats(module: nn.Module) -> dict[str, Any]:
+    """What a narrowboat session tells of its passes, as far as it is recorded."""
     session = nb.session(module)
     stats = session.stats()
     kept = (
@@ -141,6 +142,8 @@ def _narrowboat_stats(module: nn.Module) -> dict[str, Any]:
         "resident_bytes",
         "window_bytes",
         "fixed_bytes",
+        "fixed_parts",
+        "tiled_layers",
         "copied_bytes",
         "direct_io",
         "bandwidth_bytes_per_s",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrowboat.errors import BudgetError
@@ -53,6 +53,7 @@ def test_a_sweep_computes_for_all_and_pays_for_those_that_wait(
     assert sum(many.step_seconds) == pytest.approx(size * (sum(one.step_seconds) + turns))
 
 
+@settings(deadline=None)
 @given(BLOCKS, st.floats(1e-6, 1e-3), st.integers(0, 1 << 15), st.integers(0, 1 << 18))
 def test_the_chosen_group_fits_the_budget_and_no_smaller_one_is_as_good(
     pages: list[int], step: float, each: int, spare: int

@@ -81,6 +81,35 @@ def test_weights_that_stay_resident_keep_their_address(deep: Any) -> None:
     assert all(dict(model.named_parameters())[name].data_ptr() == addresses[name] for name in same)
 
 
+def test_a_grow_reads_nothing_that_is_already_there(deep: Any) -> None:
+    model = deep.stream(budget=deep.minimum + MIB)
+    session = nb.session(model)
+    session.settled = True  # no plan but those asked for
+    assert_right(deep, model, 2)
+    there = {block.index for block in session.engine.arrived()}
+    streaming = there - session.plan.resident
+    assert streaming
+    before = session.reader.bytes_read
+    session.budget = ROOMY
+    assert not session.plan.streamed
+    assert_right(deep, model, 1)
+    missing = sum(block.read_bytes for i, block in enumerate(session.plan.blocks) if i not in there)
+    assert session.reader.bytes_read - before == missing
+
+
+def test_blocks_that_stream_on_from_the_same_place_are_not_read_again(deep: Any) -> None:
+    model = deep.stream(budget=deep.minimum + MIB)
+    session = nb.session(model)
+    session.settled = True
+    assert_right(deep, model, 2)
+    there = {block.index for block in session.engine.arrived()}
+    places = {i: session.plan.offsets[i] for i in session.plan.streamed}
+    session.budget = deep.minimum + MIB + 64 * 1024
+    stay = {i for i in there & set(session.plan.streamed) if session.plan.offsets[i] == places.get(i)}
+    assert stay <= {block.index for block in session.engine.arrived()}
+    assert_right(deep, model, 2)
+
+
 def _is_in(parameter: torch.Tensor) -> bool:
     try:
         parameter.data_ptr()
@@ -329,6 +358,7 @@ def test_a_change_that_would_lose_a_written_weight_is_refused_and_nothing_moves(
 def test_a_scheme_that_needs_more_says_so_to_the_one_who_asks(deep: Any) -> None:
     model = deep.stream(budget=40 * MIB, scheme="swapnet")
     session = nb.session(model)
+    session.settled = True  # passes may turn out to need so little that the scheme fits
     assert_right(deep, model, 2)
     with pytest.raises(BudgetError, match="cannot hold"):
         session.budget = deep.minimum

@@ -104,6 +104,10 @@ class Slab:
                 _libc().munlock(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(nbytes))
             _madvise(self.address + offset, nbytes, _MADV_DONTNEED)
 
+    def copy(self, offset: int, target: int, nbytes: int) -> None:
+        """Copy ``nbytes`` bytes within the slab; the ranges do not overlap."""
+        ctypes.memmove(self.address + target, self.address + offset, nbytes)
+
     def bytes_at(self, offset: int, nbytes: int) -> memoryview:
         """The writable bytes ``[offset, offset + nbytes)``, by reference."""
         return self._view[offset : offset + nbytes]

@@ -28,7 +28,7 @@ A block used more than once may be in from another use: such blocks are left out
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from narrowboat.plan.model import Block, Machine, Workload
 from narrowboat.plan.timing import busy_seconds
@@ -65,48 +65,73 @@ def _least_wait(workload: Workload, machine: Machine, room: int, busy: list[floa
     cuts = firsts[:: -(-len(firsts) // _CUTS)]
     need = _needed(workload, len(busy))
     sizes = sorted({block.nbytes for block in largest})
-    # Any choice of sizes and cuts gives a bound.
-    # Before the first step comes the last of another pass, whose blocks may be used again at once.
-    free = [room - (need[cut - 1] if cut else 0) for cut in cuts]
+    # Any choice of sizes, cuts and first cut gives a bound.
     curves = [_Curve(cuts, need, busy, largest, room, size) for size in (0, *sizes[:: -(-len(sizes) // _SIZES)])]
-    best = [0.0] * (len(cuts) + 1)  # by cut: the most waiting shown before it
-    for end in range(1, len(cuts) + 1):
+    neediest = max(range(len(cuts)), key=lambda at: need[cuts[at] - 1])
+    return max(_shown(curves, machine, room, cuts, need, largest, at) for at in {0, neediest})
+
+
+def _shown(
+    curves: list[_Curve], machine: Machine, room: int, cuts: list[int], need: list[int], blocks: list[Block], at: int
+) -> float:
+    """Seconds of waiting shown by the best choice of ``cuts``, the pass taken to begin at the one numbered ``at``."""
+    count = len(cuts)
+    order = [*range(at, count), *range(at)]
+    free = [room - need[cuts[number] - 1] for number in order]  # before the first step comes the last
+    again = [_comes_again(number, cuts, len(need), blocks) for number in order]
+    sums = [curve.sums(order) for curve in curves]
+    best = [0.0] * (count + 1)  # by cut: the most waiting shown before it
+    for end in range(1, count + 1):
         found = best[end - 1]
         for begin in range(end):
-            for curve in curves:
-                nbytes = curve.nbytes[end] - curve.nbytes[begin]
-                if curve.size <= free[begin]:
-                    nbytes -= free[begin]
-                if nbytes > 0:
-                    wait = nbytes / machine.bandwidth - (curve.covered[end] - curve.covered[begin])
-                    if best[begin] + wait > found:
-                        found = best[begin] + wait
+            room_at = room if end - begin > again[begin] else free[begin]
+            for curve, (nbytes, covered) in zip(curves, sums, strict=True):
+                arriving = nbytes[end] - nbytes[begin]
+                if curve.size <= room_at:
+                    arriving -= room_at
+                if arriving > 0:
+                    wait = best[begin] + arriving / machine.bandwidth - (covered[end] - covered[begin])
+                    if wait > found:
+                        found = wait
         best[end] = found
     return best[-1]
 
 
+def _comes_again(number: int, cuts: list[int], steps: int, blocks: list[Block]) -> int:
+    """How many cuts after the one numbered ``number`` a block of the step before it is used again.
+
+    A stretch that reaches so far may have kept it.
+    """
+    before = (cuts[number] - 1) % steps
+    held = (block for block in blocks if any(first <= before <= last for first, last in block.holds))
+    return min(((bisect_right(cuts, b.holds[0][0]) - 1 - number) % len(cuts) for b in held), default=len(cuts))
+
+
 class _Curve:
-    """For one size: what there is before each cut of the blocks that large, and of the steps beside which they load.
+    """For one size, by cut: the blocks that large first used from there on, and the steps beside which they can load.
 
     Attributes:
         size: bytes.
-        nbytes: of those blocks; no more than is read of them.
-        covered: seconds of those steps, at their busy pace.
     """
 
     def __init__(
         self, cuts: list[int], need: list[int], busy: list[float], blocks: list[Block], room: int, size: int
     ) -> None:
         self.size = size
-        per_cut = [0] * len(cuts)
+        self._nbytes = [0] * len(cuts)
         for block in blocks:
             if block.nbytes >= size and len(block.holds) == 1:
-                per_cut[bisect_right(cuts, block.holds[0][0]) - 1] += min(block.nbytes, block.read_bytes)
-        self.nbytes = list(accumulate(per_cut, initial=0))
-        seconds = list(
-            accumulate((s if n <= room - size else 0.0 for n, s in zip(need, busy, strict=True)), initial=0.0)
+                self._nbytes[bisect_right(cuts, block.holds[0][0]) - 1] += min(block.nbytes, block.read_bytes)
+        spare = accumulate((s if n <= room - size else 0.0 for n, s in zip(need, busy, strict=True)), initial=0.0)
+        until = list(spare)
+        self._covered = [until[end] - until[begin] for begin, end in pairwise((*cuts, len(busy)))]
+
+    def sums(self, order: list[int]) -> tuple[list[int], list[float]]:
+        """Bytes of the blocks, and seconds of the steps at their busy pace, before each cut in ``order``."""
+        return (
+            list(accumulate((self._nbytes[i] for i in order), initial=0)),
+            list(accumulate((self._covered[i] for i in order), initial=0.0)),
         )
-        self.covered = [seconds[cut] for cut in cuts] + [seconds[-1]]
 
 
 def _least_reading(blocks: list[Block], machine: Machine, room: int) -> float:

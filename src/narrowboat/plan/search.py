@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
-from narrowboat.plan.layout import concurrent_sets, place
+from narrowboat.plan.layout import concurrent_sets, place, place_apart
 from narrowboat.plan.model import Block, Machine, Workload
 from narrowboat.plan.timing import Lead, Timing, simulate
 
@@ -165,7 +165,8 @@ def _exchange(
                 free -= blocks[i].nbytes
     left = tuple(i for i in range(len(blocks)) if i not in resident)
     window += free
-    places = place([blocks[i] for i in left], window)
+    rest = [blocks[i] for i in left]
+    places = (place_apart(rest, window) if chance.random() < 0.5 else None) or place(rest, window)
     return None if places is None else (frozenset(resident), left, places, window)
 
 

@@ -108,6 +108,15 @@ def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
                 for at, least in enumerate(PIECES):
                     taken[at] += int(trace.traffic[step]) if piece >= least else 0
         ends.append(len(out.events) - 1)
+    out.cache_bytes = trace.cache_bytes
+    if trace.alive:  # between two tiles there is the output as well
+        bounds = zip(starts, ends, trace.alive, trace.largest, strict=False)
+        out.alive = [
+            nbytes + (made if last > first else 0)
+            for first, last, nbytes, made in bounds
+            for _ in range(first, last + 1)
+        ]
+        out.alive += trace.alive[len(trace.events) :]
     out.holds = [(w, starts[first], ends[last]) for w, first, last in trace.holds]
     before = trace.activation_bytes if trace.activation_bytes > max(trace.peaks, default=0) else 0
     out.activation_bytes = max([before, *out.peaks])

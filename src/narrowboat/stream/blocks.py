@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
@@ -36,6 +37,8 @@ class BlockState:
         resident: it stays in.
         pins: steps in progress that use it.
         claims: upcoming uses the prefetcher has provided for; a claimed block is not evicted.
+        shown: the model sees its weights.
+        bound: its slots have their views of the arena.
         private: memory of its own while it is in without a place.
     """
 
@@ -52,6 +55,7 @@ class BlockState:
     pins: int = 0
     claims: int = 0
     shown: bool = False
+    bound: bool = False
     job: Job | None = None
     private: Slab | None = None
 
@@ -65,6 +69,7 @@ class BlockState:
         for weight, place in zip(self.weights, self.places, strict=True):
             for slot in weight.slots:
                 slot.bind(slab.tensor(base + place, weight.entry.dtype, weight.entry.shape))
+        self.bound = True
 
     def show(self) -> None:
         """Let the model see the weights; their bytes are in."""
@@ -102,6 +107,7 @@ def make_blocks(
     weights: list[Weight],
     file_number: dict[str, int],
     kept: dict[int, BlockState],
+    there: Collection[int] = (),
     *,
     packed: bool,
 ) -> list[BlockState]:
@@ -110,6 +116,7 @@ def make_blocks(
     Args:
         plan: the decisions.
         kept: blocks, by number, that were in under the plan before and stay resident.
+        there: numbers of others whose bytes are at their places already.
         groups: the weights of each of the plan's blocks.
         weights: all weights, by number.
         file_number: the reader's number of each weights file, by path.
@@ -134,6 +141,7 @@ def make_blocks(
                 offset=base,
                 extents=_extents(group, weights, file_number, base or 0, packed=packed),
                 resident=i in plan.resident,
+                state=State.IN if i in there else State.OUT,
             )
         )
     spans = sorted((plan.offsets[i], plan.offsets[i] + plan.blocks[i].nbytes, i) for i in plan.streamed)

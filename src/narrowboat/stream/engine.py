@@ -126,15 +126,8 @@ class Engine:
         self.where = {}
         for step, event in enumerate(self.events):
             self.where.setdefault(event, []).append(step)
-        self._holds = sorted(
-            (
-                (first, last, blocks[i])
-                for i, b in enumerate(plan.blocks)
-                for first, last in b.holds
-                if trace is not None
-            ),
-            key=lambda hold: (hold[0], hold[1], hold[2].index),
-        )
+        holds = [(first, last, blocks[i]) for i, b in enumerate(plan.blocks) for first, last in b.holds]
+        self._holds = sorted(holds if trace is not None else [], key=lambda hold: (hold[0], hold[1], hold[2].index))
         self._prefetcher.arrange(self._holds)
         self._has_residents = any(block.resident for _, _, block in self._holds)
         self._uses_of_module = {}
@@ -155,11 +148,10 @@ class Engine:
         Returns:
             What was kept, by number.
         """
-        self._reader.drain()
+        self.arrived()
         self._prefetcher.rewind()
         kept = {}
         for block in self.blocks:
-            self._swapper.settle(block)
             if block.index in keep and block.state is State.IN and block.resident and block.private is None:
                 kept[block.index] = block
                 continue
@@ -172,6 +164,13 @@ class Engine:
         self._uses_of_module = {}
         self._prefetcher.arrange([])
         return kept
+
+    def arrived(self) -> list[BlockState]:
+        """The blocks whose bytes are at their places in the slab, those on their way waited for."""
+        self._reader.drain()
+        for block in self.blocks:
+            self._swapper.settle(block)
+        return [b for b in self.blocks if b.state is State.IN and b.private is None and b.offset is not None]
 
     def may_change(self, resident: Collection[int]) -> bool:
         """Whether another plan with this resident set could be put in force now: nothing else is in use."""

@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.reuse import reusable
 from narrowboat.stream.rows import RowReader
 from narrowboat.stream.settle import learn, settle
 from narrowboat.stream.stats import collect
@@ -318,16 +319,20 @@ class Session:
             self.engine.let_go()
             self._adopt(plan, groups)
             return
+        moves = reusable(self.engine.arrived(), before, plan)
         kept = self.engine.let_go(plan.resident)
+        for move in moves:
+            if move.target != move.offset:
+                slab.copy(move.offset, move.target, move.nbytes)
         old, new = held_ranges(before), held_ranges(plan)
         slab.release(beyond(old, new))  # first: there is never more than the larger of the two
         slab.hold(beyond(new, old), behind=True)
-        self._use(plan, groups, kept)
+        self._use(plan, groups, kept, {move.index for move in moves})
 
-    def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState]) -> None:
+    def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState], there: Collection[int] = ()) -> None:
         assert self.slab is not None
         packed = self._index.packed
-        blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, packed=packed)
+        blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, there, packed=packed)
         self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)

@@ -36,7 +36,7 @@ class Swapper:
         # Two percent, or a mebibyte: rounding must not refuse what the plan's author would have allowed.
         self.room_off_plan = room_off_plan + max(1 << 20, slab.nbytes // 50)
         for block in blocks:
-            if block.offset is not None and block.state is State.OUT:
+            if block.offset is not None and not block.bound:
                 block.bind(slab, block.offset)
 
     def submit(self, block: BlockState, *, urgent: bool = False) -> None:
@@ -144,6 +144,7 @@ class Swapper:
 
 def forget_views(block: BlockState) -> None:
     """Let go of the views of a block that is out."""
+    block.bound = False
     for weight in block.weights:
         for slot in weight.slots:
             slot.unbind()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from narrowboat.errors import BudgetError
 from narrowboat.plan.model import PAGE, Machine
 from narrowboat.profile.measure import estimate_steps
@@ -20,6 +22,7 @@ _ANY = 1 << 62  # a budget that holds anything
 _PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
 _STRIPS = 4 << 20  # bytes that the heap keeps between strips: 0.7 and 2.3 MiB over the estimate were seen (FCN)
 _TRIED = 3  # sizes that are compared by predicted latency
+_WORTH_ROWS = 16 << 20  # bytes of a table from which on it is worth a read per token
 _PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that strips are made for
 _BANDWIDTH = 1e9  # bytes per second, to compare sizes by; the storage has not been measured yet
 
@@ -46,7 +49,7 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
     known = prepared.measured.least if prepared.measured is not None else None
     if budget >= whole[0] and known is not None:
         prepared.least = known
-        return prepared
+        return _by_rows(prepared, budget)
     candidates = tileable(prepared.module, prepared.matched, prepared.trace)
     levels = _strip_levels(prepared)
     # The most strips hold the fewest activations; that is where the smallest budget is.
@@ -56,7 +59,7 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
     if prepared.measured is not None:
         prepared.measured.least = prepared.least  # kept with the first measurements
     if budget >= whole[0]:
-        return prepared
+        return _by_rows(prepared, budget)
     if lowest is None or budget < prepared.least[0]:
         (_cut(prepared, candidates, lowest) if lowest and prepared.least != whole else prepared).check(
             budget
@@ -69,6 +72,30 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
         if fitting:
             return _quickest(prepared, candidates, (roomy or fitting)[:_TRIED], budget)
     raise AssertionError("the lowest is among them")
+
+
+def _by_rows(prepared: Prepared, budget: int) -> Prepared:
+    """The same with the token tables of a decoder on the rows asked for, if it does not fit as a whole.
+
+    One token looks up one row: a table held in memory keeps out as many bytes of weights that every token reads.
+    """
+    trace = prepared.trace
+    if trace is None or not trace.cache_bytes or budget >= prepared.enough():
+        return prepared
+    found = tileable(prepared.module, prepared.matched, trace)
+    tables = {
+        w: owners
+        for w, owners in found.items()
+        if all(isinstance(child, nn.Embedding) for _, _, child in owners)
+        and prepared.weights[w].entry.nbytes >= _WORTH_ROWS
+    }
+    tiling = plan_tiles(prepared.module, prepared.matched, tables, SMALLEST) if tables else None
+    if tiling is None:
+        return prepared
+    tiled = _tiled(prepared, tiling)
+    tiled.measured, tiled.measured_under = prepared.measured, prepared.measured_under
+    tiled.step_seconds = prepared.step_seconds or tiled.step_seconds  # the steps are the same
+    return tiled
 
 
 def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:

@@ -70,9 +70,9 @@ def write_markdown(
         f"Machine: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, Linux {facts['kernel']}, "
         f"Python {facts['python']}, {packages}, `GOMP_SPINCOUNT={facts['GOMP_SPINCOUNT']}`.",
         "",
-        "*ms / pass*: median over the rounds of the children's median passes, after three. *x plain*: over plain PyTorch "
-        "with everything in memory, run before and after each round. *x bound*: over the larger of plain PyTorch and "
-        "the latency that no plan within the budget can beat (`plan/bound.py`). *foreseen*: from the profile, its "
+        "*ms / pass*: median over the rounds of the children's median passes, after three. *x plain*: over plain "
+        "PyTorch with everything in memory, run before and after each round. *x bound*: over the larger of plain "
+        "PyTorch and the latency that no plan within the budget can beat (`plan/bound.py`). *foreseen*: from the profile, its "
         "computing scaled by plain PyTorch's drift since; *predicted error*: of the plan in force, made from the "
         "session's second pass.",
         "",
@@ -86,7 +86,8 @@ def write_markdown(
             "## Live changes",
             "",
             f"{live['model']}: {live['changes']} random budgets between {format_bytes(live['lowest'])} and "
-            f"{format_bytes(live['highest'])} in {live['passes']} passes: {live['wrong']} wrong answers; the switch took "
+            f"{format_bytes(live['highest'])} in {live['passes']} passes: {live['wrong']} wrong answers; the switch "
+            "took "
             f"{live['switch_median'] * 1e3:.1f} ms (median), {live['switch_worst'] * 1e3:.1f} ms (worst); the largest "
             f"pass was {live['worst_over'] / 2**20:+.1f} MiB over (below: under) its budget.",
             "",

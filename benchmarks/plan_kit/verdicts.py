@@ -1,9 +1,9 @@
 """What was measured against what must be shown: medians over the rounds, and one verdict per demand.
 
-The machines are shared, and their speed drifts by tens of percent within minutes. *Foreseen* is what ``narrowboat plan``
-says from the profile; its computing is scaled by how much longer plain PyTorch took in the same round than while the
-profile was made (the figure without that scaling is given beside it). *Predicted* is the plan in force, made from the
-session's second pass.
+The machines are shared, and their speed drifts by tens of percent within minutes. *Foreseen* is what ``narrowboat
+plan`` says from the profile; its computing is scaled by how much longer plain PyTorch took in the same round than
+while the profile was made (the figure without that scaling is given beside it). *Predicted* is the plan in force,
+made from the session's second pass.
 """
 
 from __future__ import annotations

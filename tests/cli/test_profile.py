@@ -25,6 +25,9 @@ def test_blocks_are_measured_alone_and_beside_reading(narrowboat: Any, tiny: Pat
     assert all(row["compute_idle_ms"] >= 0 and row["uses"] >= 1 for row in told["blocks"])
     assert sum(told["step_seconds"]) > 0
     assert told["table"]
+    # Under each allocator policy: the bytes beside the weights, and the pace.
+    assert set(told["needs"]) == set(told["paces"]) == {"default", "balanced", "lean", "strict"}
+    assert all(factor >= 1 for factor in told["slowed"])
     assert set(told["identity"]) == {"weights", "model and inputs", "torch", "threads", "processor"}
     assert json.loads(Path("p.json").read_text())["step_seconds"] == told["step_seconds"]
     planned = narrowboat("plan", MODEL, *WEIGHTS, "--budget", "12MiB", "--profile", "p.json", "--json")

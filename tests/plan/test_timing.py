@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -162,6 +163,33 @@ def test_a_steady_pass_is_never_quicker_than_computing_or_reading(case: tuple[Wo
     ends = tick_by_tick(workload, offsets, 12)
     # Over many passes the one reader cannot bring in more than a byte per tick.
     assert ends[-1] >= timing.bytes_read * 10
+
+
+def test_a_step_takes_longer_for_as_long_as_it_is_read_beside_it() -> None:
+    # Two slots, three layers: each step of 10 has 4 of reading beside it, and goes on at two thirds of its pace then.
+    workload = chain([4, 4, 4], [10, 10, 10])
+    slow = Machine(bandwidth=1.0, read_latency=0.0, contention=0.5)
+    timing = simulate(workload, slow, (), [0, 1, 2], [0, PAGE, 2 * PAGE], passes=6)
+    assert timing.bytes_read == 0
+    timing = simulate(workload, slow, (), [0, 1, 2], [0, PAGE, 0], passes=6)
+    assert timing.compute == pytest.approx(30 + timing.beside_reading / 3)
+    assert timing.beside_reading > 0
+
+
+@given(small_cases(), st.floats(0, 1), st.integers(1, 4))
+@settings(deadline=None)
+def test_what_reading_costs_the_computing_is_its_share_of_the_time(
+    case: tuple[Workload, list[int]], contention: float, passes: int
+) -> None:
+    workload, offsets = case
+    machine = Machine(bandwidth=1.0, read_latency=0.0, contention=contention)
+    timing = simulate(workload, machine, (), range(len(workload.blocks)), offsets, passes)
+    cost = timing.beside_reading * contention / (1 + contention)
+    assert timing.compute == pytest.approx(sum(workload.step_seconds) + cost)
+    by_step = replace(workload, busy_seconds=tuple(s * (1 + contention) for s in workload.step_seconds))
+    assert simulate(by_step, TICKS, (), range(len(workload.blocks)), offsets, passes).latency == pytest.approx(
+        timing.latency
+    )
 
 
 def test_overheads_count_for_every_step_and_every_read() -> None:

@@ -158,3 +158,26 @@ def test_a_cache_grown_to_its_reservation_stays_within_the_budget(folder: Path) 
     peak, cache = map(int, done.stdout.split()[-2:])
     assert cache == 4 * 2 * 256 * 4 * 600
     assert peak <= budget + (1 << 20)
+
+
+def test_a_token_table_is_not_held_where_the_model_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.stream.tiling._WORTH_ROWS", 1 << 10)
+    plain = llama(folder, vocab_size=4000)
+    want = plain.generate(IDS, max_new_tokens=12, do_sample=False)
+    enough = 1 << 30
+    model = nb.stream_pretrained(folder, budget=enough, max_tokens=64)
+    with nb.session(model) as session:
+        assert not session.plan.tiled  # it fits: nothing is read per token
+    model = nb.stream_pretrained(folder, budget=smallest(folder, 64) + (4 << 20), max_tokens=64)
+    with nb.session(model) as session:
+        assert dict(session.plan.tiled) == {"model.embed_tokens": 0}
+        assert dict(session.plan.fixed_parts)["kv-cache"] > 0
+        assert torch.equal(model.generate(IDS, max_new_tokens=12, do_sample=False), want)
+
+
+def test_a_tied_table_stays_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.stream.tiling._WORTH_ROWS", 1 << 10)
+    llama(folder, vocab_size=4000, tie_word_embeddings=True)
+    model = nb.stream_pretrained(folder, budget=smallest(folder, 64) + (4 << 20), max_tokens=64)
+    with nb.session(model) as session:
+        assert not session.plan.tiled

@@ -92,20 +92,3 @@ def _first_fit(taken: list[tuple[int, int]], start: int, nbytes: int, window: in
             break
         start = max(start, high)
     return start if start + nbytes <= window else None
-
-
-def overlaps(blocks: Sequence[Block], offsets: Sequence[int]) -> list[list[int]]:
-    """For each block, the indices of the blocks whose addresses meet its own."""
-    order = sorted(
-        (offset, offset + block.nbytes, i) for i, (block, offset) in enumerate(zip(blocks, offsets, strict=True))
-    )
-    meets: list[list[int]] = [[] for _ in blocks]
-    active: list[tuple[int, int]] = []
-    for low, high, i in order:
-        active = [(end, j) for end, j in active if end > low]
-        if high > low:
-            for _, j in active:
-                meets[i].append(j)
-                meets[j].append(i)
-            active.append((high, i))
-    return meets

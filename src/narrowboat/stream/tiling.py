@@ -93,6 +93,10 @@ def _by_rows(prepared: Prepared, budget: int) -> Prepared:
     if tiling is None:
         return prepared
     tiled = _tiled(prepared, tiling)
+    try:
+        tiled.check(budget)  # lookups take some memory
+    except BudgetError:
+        return prepared
     tiled.measured, tiled.measured_under = prepared.measured, prepared.measured_under
     tiled.step_seconds = prepared.step_seconds or tiled.step_seconds  # the steps are the same
     return tiled

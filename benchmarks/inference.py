@@ -101,6 +101,8 @@ def main() -> int:
     began = time.perf_counter()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    # A cache of its own: what other runs have kept is neither used nor lost.
+    os.environ["NARROWBOAT_CACHE"] = str((arguments.work / "cache").resolve())
     _import_for_children(arguments.models, arguments.subjects)
     if arguments.again is not None:
         record = json.loads(arguments.again.read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from narrowboat.errors import NarrowboatError
 from narrowboat.machine.cgroup import MemoryCgroup, writable_memory_cgroup
 from narrowboat.machine.pagecache import cached_bytes
 from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.report.profile import measure_profile
 
 _CENTRAL_TIMEOUT = 120.0  # of children without whom there is nothing to compare
 Say = Callable[[str], None]
@@ -82,6 +83,10 @@ def measure_limits(work: Path, slack: int) -> Limits:
             raise NarrowboatError(f"the baseline child failed: {outcome.detail}")
         charged, rss = max(charged, found["charged"]), max(rss, found["rss"])
     return Limits(charged, rss, slack, refusal)
+
+
+def _profile(files: Material, emit: Any) -> None:
+    measure_profile(files.model, files.packed, files.model.example_inputs())
 
 
 def _baseline(group: MemoryCgroup | None, emit: Any) -> None:
@@ -160,6 +165,10 @@ class Campaign:
         outcome = run_child(body, log=self._log("prepare"), timeout=900)
         if outcome.status != "ok":
             raise NarrowboatError(f"cannot make the files of {self.name}: {outcome.detail}")
+        # What a user does once for a model on a machine, like packing.
+        outcome = run_child(partial(_profile, self.files), log=self._log("profile"), timeout=300)
+        if outcome.status != "ok":
+            raise NarrowboatError(f"cannot profile {self.name}: {outcome.detail}")
 
     def _find_minimum(self) -> int:
         outcome = run_child(partial(_minimum, self.files), log=self._log("minimum"), timeout=120)

@@ -73,7 +73,7 @@ class Maps:
         self.sweeps: deque[PassRecord] = deque(maxlen=256)
         self.swept = 0
         self.group = 1
-        self.why_alone = ""
+        self.why_alone = "experts are read on demand, for one pass at a time" if session.prepared.experts else ""
         self.predicted = 0.0
         self.in_force = False
         self._probes = 0

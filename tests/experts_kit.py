@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def moe(folder: Path, family: str = "mixtral", *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """Write a model of some 10 MB, most of it experts, into ``folder`` in transformers' present layout.
+    """Write a model of some 10 MB, most of it experts, into ``folder``: stacked, or each expert by itself.
 
     Returns:
         The plain model as transformers loads it.
@@ -83,6 +83,7 @@ def moe(folder: Path, family: str = "mixtral", *, dtype: torch.dtype = torch.flo
 
     shard = changes.pop("shard", "5GB")
     implementation = changes.pop("experts_implementation", None)
+    one_by_one = changes.pop("one_by_one", False)
     name, sizes = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes, **changes})
     kind = getattr(transformers, f"{name}ForCausalLM")
@@ -92,7 +93,7 @@ def moe(folder: Path, family: str = "mixtral", *, dtype: torch.dtype = torch.flo
         for key, tensor in made.named_parameters():
             if "bias" not in key and "norm" not in key:
                 tensor.copy_(torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5)
-    made.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
+    made.save_pretrained(folder, max_shard_size=shard, save_original_format=one_by_one)
     more = {"experts_implementation": implementation} if implementation else {}
     plain = kind.from_pretrained(folder, dtype="auto", **more).eval()
     with torch.no_grad():

@@ -17,7 +17,14 @@ from torch import nn
 
 import narrowboat as nb
 from experts_kit import FAMILIES, Bank, Gathered, Grouped, Layers, moe
-from narrowboat.errors import BudgetError, SessionClosedError, StorageError, StreamedModelError, TiledWeightError
+from narrowboat.errors import (
+    BudgetError,
+    SessionClosedError,
+    StorageError,
+    StreamedModelError,
+    TiledWeightError,
+    UsageError,
+)
 from narrowboat.plan.experts import Policy
 from narrowboat.stream.blocks import State
 from narrowboat.stream.prepare import prepare
@@ -86,6 +93,22 @@ def test_every_family_gives_plain_logits_and_tokens(tmp_path: Path, family: str,
         assert stats["misses"] == 0
         assert stats["expert_misses"] > 0 and stats["held_bytes"]["experts"] == in_bytes(session)
         assert in_bytes(session) <= stats["expert_cache_bytes"] == stats["fixed_parts"]["experts"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_experts_that_are_stored_one_by_one_are_read_where_they_lie(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    plain = moe(folder, family, shard="1MB", one_by_one=True, dtype=torch.bfloat16)
+    low = smallest(folder)
+    for budget, on_demand in ((low, True), (low + MIB, True), (64 * MIB, False)):
+        model: Any = nb.stream_pretrained(folder, budget=budget, max_tokens=64)
+        with nb.session(model) as session, torch.inference_mode():
+            assert (session.experts is not None) is on_demand
+            for length in (6, 1, 3):
+                assert torch.equal(model(IDS[:, :length]).logits, plain(IDS[:, :length]).logits)
+    with pytest.raises(UsageError, match="digests"):
+        nb.stream_pretrained(folder, budget=64 * MIB, max_tokens=64, verify="load")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

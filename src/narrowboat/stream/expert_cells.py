@@ -33,7 +33,7 @@ class Cell:
         weight: the weight.
         expert: the row.
         low, high: the pages it takes in the slab, past the last.
-        extent: what to read, and to where.
+        extents: what to read, and to where.
         state: where its bytes are.
         job: the read under way.
         lease: the one-row tensor over it that operators took views of, and its storage.
@@ -45,7 +45,7 @@ class Cell:
     expert: int
     low: int
     high: int
-    extent: Extent
+    extents: tuple[Extent, ...]
     state: State = State.OUT
     job: Job | None = None
     lease: tuple[torch.Tensor, Any] | None = None
@@ -91,17 +91,21 @@ def lay_out(
     base = 0
     for weight in (weights[w] for stack in stacks for w in stack.weights):
         entry = weight.entry
-        row, number = entry.nbytes // entry.shape[0], file_number[str(entry.file)]
+        row = entry.nbytes // entry.shape[0]
         firsts[weight.index], bases[weight.index] = len(cells), base
         # A file that is aligned gives whole pages, and what neighbours share of one is the same bytes for both.
-        paged = packed and entry.offset % PAGE == 0
+        paged = packed and entry.offset % PAGE == 0 and not entry.pieces
         for e in range(entry.shape[0]):
             low, high = span(weight, e)
             if paged:
-                extent = Extent(number, entry.offset + low, high - low, base + low)
+                number = file_number[str(entry.file)]
+                extents = [Extent(number, entry.offset + low, high - low, base + low)]
             else:
-                extent = Extent(number, entry.offset + e * row, row, base + e * row)
-            cells.append(Cell(len(cells), weight, e, base + low, base + high, extent))
+                extents = [
+                    Extent(file_number[str(piece.file)], piece.offset, piece.nbytes, base + e * row + at)
+                    for at, piece in entry.cut(e * row, (e + 1) * row)
+                ]
+            cells.append(Cell(len(cells), weight, e, base + low, base + high, tuple(extents)))
         base += -(-entry.nbytes // PAGE) * PAGE
     return cells, firsts, bases, base
 
@@ -110,11 +114,25 @@ def runs(cells: Sequence[Cell], most: int) -> list[list[Cell]]:
     """Neighbours in one piece, up to ``most`` bytes, in the order of their keys."""
     found: list[list[Cell]] = []
     for cell in sorted(cells, key=lambda cell: cell.key):
-        joined = bool(found) and found[-1][-1].key + 1 == cell.key and found[-1][-1].weight is cell.weight
-        if joined and sum(c.nbytes for c in found[-1]) + cell.nbytes <= most:
+        follows = bool(found) and found[-1][-1].key + 1 == cell.key and found[-1][-1].weight is cell.weight
+        if follows and sum(c.nbytes for c in found[-1]) + cell.nbytes <= most:
             found[-1].append(cell)
         else:
             found.append([cell])
+    return found
+
+
+def joined(cells: Sequence[Cell]) -> list[Extent]:
+    """What to read for neighbours: what follows on in the file and in memory, or is shared, in one piece."""
+    found: list[Extent] = []
+    for extent in (extent for cell in cells for extent in cell.extents):
+        if found:
+            last = found[-1]
+            step = extent.offset - last.offset
+            if extent.file == last.file and 0 <= step <= last.nbytes and step == extent.target - last.target:
+                found[-1] = Extent(last.file, last.offset, step + extent.nbytes, last.target)
+                continue
+        found.append(extent)
     return found
 
 

@@ -22,9 +22,9 @@ from narrowboat.errors import StorageError, StreamedModelError
 from narrowboat.plan.experts import Policy
 from narrowboat.profile.experts import Experts, Stack
 from narrowboat.stream.blocks import State
-from narrowboat.stream.expert_cells import Cause, Cell, ExpertCounts, lay_out, neighbours, runs
+from narrowboat.stream.expert_cells import Cause, Cell, ExpertCounts, joined, lay_out, neighbours, runs
 from narrowboat.stream.forecast import Forecast
-from narrowboat.stream.reader import Extent, Reader
+from narrowboat.stream.reader import Reader
 from narrowboat.stream.routing import Routing
 
 _TOGETHER = 1 << 20  # bytes of neighbouring small experts that are read in one piece
@@ -201,15 +201,14 @@ class ExpertCache:
     def _read(self, run: list[Cell], *, urgent: bool) -> None:
         if self._lock:
             self._slab.hold([(cell.low, cell.nbytes) for cell in run])
-        first, last = run[0].extent, run[-1].extent
-        extent = Extent(first.file, first.offset, last.offset + last.nbytes - first.offset, first.target)
+        extents = joined(run)
         try:
-            job = self._reader.submit(run[0].weight.name, self._slab, [extent], urgent=urgent)
+            job = self._reader.submit(run[0].weight.name, self._slab, extents, urgent=urgent)
         except BaseException:
             for cell in run:
                 self._forget(cell)
             raise
-        self.counts.bytes_read += extent.nbytes
+        self.counts.bytes_read += job.nbytes
         self.counts.bytes_ahead += sum(cell.nbytes for cell in run if cell.cause is Cause.FORESEEN)
         for cell in run:
             cell.job = job

@@ -154,3 +154,16 @@ class Grouped(Bank):
         inner = torch.relu(torch.nn.functional.grouped_mm(rows, self.up.transpose(-2, -1), offs=ends))
         out = torch.nn.functional.grouped_mm(inner, self.down.transpose(-2, -1), offs=ends)
         return out[order.argsort()].view(*chosen.shape, -1).sum(1)
+
+
+class Wide(nn.Module):
+    """Layers of experts behind two linear layers larger than any expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(128, 8192)
+        self.second = nn.Linear(8192, 128)
+        self.layers = Layers(bank=Grouped)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(self.second(self.first(x).relu()))

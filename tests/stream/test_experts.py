@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 import narrowboat as nb
-from experts_kit import FAMILIES, Bank, Gathered, Grouped, Layers, moe
+from experts_kit import FAMILIES, Bank, Gathered, Grouped, Layers, Wide, moe
 from narrowboat.errors import (
     BudgetError,
     SessionClosedError,
@@ -238,6 +240,22 @@ def test_a_budget_that_holds_everything_leaves_the_stacks_whole(tmp_path: Path) 
     with nb.session(model) as session:
         assert session.experts is None and session.stats()["expert_cache_bytes"] == 0
         assert session.min_budget == low
+
+
+def test_layers_in_tiles_and_experts_on_demand_go_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Wide()
+    path = at_rest(tmp_path, plain)
+    x = torch.randn(1, 128)
+    low = least(Wide, path, (x,))
+    for more in (0, 2 * MIB):
+        model = nb.stream(Wide, path, budget=low + more, example=(x,))
+        with nb.session(model) as session, torch.inference_mode():
+            assert session.experts is not None and session.min_budget == low
+            assert session.stats()["tiled_layers"].keys() == {"first", "second"}
+            for _ in range(4):
+                assert torch.equal(model(x), plain(x))
+            assert session.stats()["off_trace_passes"] == 0
 
 
 def test_one_expert_has_to_fit_and_its_part_is_named(tmp_path: Path) -> None:
@@ -546,3 +564,50 @@ def test_verified_stacks_stream_as_a_whole(tmp_path: Path) -> None:
     with nb.session(model) as session, torch.inference_mode():
         assert session.experts is None
         model(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_happens_answers_are_right_and_the_cache_keeps_to_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    draw = random.Random(seed)
+    bank = draw.choice([Bank, Gathered, Grouped])
+    packed = draw.random() < 0.5
+
+    def factory() -> nn.Module:
+        return Layers(depth=2, count=12, bank=bank)
+
+    torch.manual_seed(seed)
+    plain = factory()
+    path = at_rest(tmp_path, plain, packed=packed)
+    example = (torch.zeros(6, 128),)
+    low = least(factory, path, example)
+    model: Any = nb.stream(factory, path, budget=low + 2 * MIB, example=example)
+    real, broken = os.preadv, [0.0]
+
+    def preadv(*arguments: Any) -> int:
+        if draw.random() < broken[0]:
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with nb.session(model) as session, torch.inference_mode():
+        for _ in range(60):
+            what = draw.random()
+            broken[0] = 0.3 if what < 0.2 else 0.0
+            if 0.2 < what < 0.35:
+                with suppress(BudgetError):  # without a trace in advance the first passes raise the minimum
+                    session.budget = low + draw.randrange(6 * MIB)
+            if 0.35 < what < 0.45:
+                layer, expert = draw.randrange(2), draw.randrange(12)
+                kept.append((model.banks[layer].up[expert], plain.banks[layer].up[expert]))  # type: ignore[union-attr,index]
+            if what > 0.9:
+                kept.clear()
+            x = torch.randn(draw.choice([1, 1, 1, 2, 6]), 128)
+            try:
+                assert torch.equal(model(x), plain(x))
+            except StorageError:
+                assert broken[0]
+            assert in_bytes(session) == session.experts.held <= session.experts.capacity
+            assert all(torch.equal(view, want) for view, want in kept)

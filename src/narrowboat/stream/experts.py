@@ -177,37 +177,33 @@ class ExpertCache:
         """
         asked: list[Cell] = []
         window = min(_WINDOW, self.capacity // 4)
+        coming = sum(cell.nbytes for cell in cells if cell.state is not State.OUT)
         try:
             for cell in cells:
                 if cell.state is not State.OUT:
                     continue
-                coming = sum(c.nbytes for c in cells if c.state is not State.OUT)
                 force = ahead.get(cell.key) if ahead is not None else _WHOEVER if coming < window else cell.key
                 if not self._make_room(cell, kept, must=ahead is None and coming == 0, below=force):
                     break
                 cell.state, cell.cause = State.READING, cause
                 self._coming.add(cell.key)
                 self._count(cell.nbytes)
+                coming += cell.nbytes
                 asked.append(cell)
+            pieces = runs(asked, _TOGETHER)
+            # Urgent reads go to the head of the queue one by one: the last to be asked for is the first to be read.
+            for run in pieces if ahead is not None else reversed(pieces):
+                self._read(run, urgent=ahead is None)
         except BaseException:
             for cell in asked:
-                self._forget(cell)
+                if cell.job is None and cell.state is State.READING:
+                    self._forget(cell)
             raise
-        pieces = runs(asked, _TOGETHER)
-        # Urgent reads go to the head of the queue one by one: the last to be asked for is the first to be read.
-        for run in pieces if ahead is not None else reversed(pieces):
-            self._read(run, urgent=ahead is None)
 
     def _read(self, run: list[Cell], *, urgent: bool) -> None:
         if self._lock:
             self._slab.hold([(cell.low, cell.nbytes) for cell in run])
-        extents = joined(run)
-        try:
-            job = self._reader.submit(run[0].weight.name, self._slab, extents, urgent=urgent)
-        except BaseException:
-            for cell in run:
-                self._forget(cell)
-            raise
+        job = self._reader.submit(run[0].weight.name, self._slab, joined(run), urgent=urgent)
         self.counts.bytes_read += job.nbytes
         self.counts.bytes_ahead += sum(cell.nbytes for cell in run if cell.cause is Cause.FORESEEN)
         for cell in run:

@@ -99,7 +99,7 @@ class Maps:
         session = self._session
         if session.closed:
             raise SessionClosedError(session.engine.closed)
-        if batch is not None and session.plan.streamed:
+        if batch is not None and session.plan.streamed and session.prepared.experts is None:
             session.prepared.decide(session.machine, session.budget, batch)  # refused before anything runs
         total = len(inputs) if isinstance(inputs, Sized) else None
         outputs = self._deliver(iter(inputs), batch, errors)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from narrowboat.plan.experts import Policy, Ranking, choose, replay
 
-_RECORDED = 16384  # uses that are kept, and after which the policy is chosen anew
-_FIRST = 512  # uses after which it is chosen for the first time
+_RECORDED = 16384  # uses that are kept; once there are so many, the policy is chosen anew after as many more
+_FIRST = 512  # uses after which it is chosen for the first time, and from then on after twice as many each time
 
 
 class Routing:
@@ -53,7 +53,7 @@ class Routing:
         Returns:
             By policy, the share of bytes that it would have hit.
         """
-        self._since, self._after = 0, _RECORDED
+        self._since, self._after = 0, min(2 * self._after, _RECORDED)
         self.policy, shares = choose(list(self._uses), self._sizes, capacity, self.policy, half_life=self._half_life)
         self.ranking = self._rank(inside)
         self._tally = [count // 2 for count in self._tally]  # what was long ago counts less and less

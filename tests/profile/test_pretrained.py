@@ -69,20 +69,47 @@ def test_a_file_of_the_body_alone_is_found_under_the_heads_names(tmp_path: Path)
     assert match_weights(opened.model, opened.index, strict=False).weights
 
 
-def test_experts_stored_one_by_one_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+def mixtral(folder: Path, **changes: Any) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=2, vocab_size=50,
+        num_local_experts=12, vocab_size=50,
     )  # fmt: skip
     made = MixtralForCausalLM(config)
-    made.save_pretrained(tmp_path / "old")
-    made.save_pretrained(tmp_path / "new", save_original_format=False)
-    with pytest.raises(WeightsFormatError, match="save_original_format=False"):
-        open_pretrained(tmp_path / "old")
-    opened = open_pretrained(tmp_path / "new")
-    match_weights(opened.model, opened.index)
+    made.save_pretrained(folder, **changes)
+    return made
+
+
+def test_experts_stored_one_by_one_make_up_the_stacks_of_the_model(tmp_path: Path) -> None:
+    state = mixtral(tmp_path / "old", max_shard_size="40KB").state_dict()
+    opened = open_pretrained(tmp_path / "old")
+    matched = match_weights(opened.model, opened.index)
+    assert len({entry.file for entry in opened.index.entries.values()}) > 2
+    stacks = [weight for weight in matched.weights if weight.entry.pieces]
+    assert {weight.name.rsplit(".", 1)[1] for weight in stacks} == {"gate_up_proj", "down_proj"}
+    for weight in stacks:
+        entry = weight.entry
+        assert sum(piece.nbytes for piece in entry.pieces) == entry.nbytes
+        data = b"".join(piece.file.read_bytes()[piece.offset :][: piece.nbytes] for piece in entry.pieces)
+        assert torch.equal(torch.frombuffer(bytearray(data), dtype=entry.dtype).view(entry.shape), state[weight.name])
+        row = entry.nbytes // entry.shape[0]
+        part = b"".join(p.file.read_bytes()[p.offset :][: p.nbytes] for _, p in entry.cut(3 * row + 8, 5 * row))
+        assert part == data[3 * row + 8 : 5 * row]
+
+
+def test_experts_of_which_one_is_missing_or_other_than_the_rest_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    mixtral(tmp_path / "old")
+    path = tmp_path / "old" / "model.safetensors"
+    state = load_file(path)
+    name = "model.layers.0.block_sparse_moe.experts.7.w1.weight"
+    for other in (None, state[name][:-1].clone(), state[name].to(torch.bfloat16)):
+        rest = {key: value for key, value in state.items() if key != name or other is not None}
+        save_file({**rest, **({} if other is None else {name: other})}, path)
+        with pytest.raises(WeightsFormatError, match="save_original_format=False"):
+            open_pretrained(tmp_path / "old")
 
 
 def test_no_folder_no_config_and_no_weights_are_told_apart(folder: Path, tmp_path: Path) -> None:

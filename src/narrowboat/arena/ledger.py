@@ -9,7 +9,8 @@ class Ledger:
     """Named byte counts with a running total and its peak. Thread-safe.
 
     Names in use: ``resident`` and ``window`` (the slab), ``staging`` (the readers' buffers), ``escaped`` (weights
-    copied aside because somebody kept a view of them), ``off_plan`` (weights loaded outside their place).
+    copied aside because somebody kept a view of them), ``off_plan`` (weights loaded outside their place), ``experts``
+    (the cache of those read on demand).
     """
 
     def __init__(self) -> None:

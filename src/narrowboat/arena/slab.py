@@ -19,6 +19,7 @@ PAGE = 4096
 _HUGE = 2 << 20
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python 3.11's mmap module
 _PIECE = 16 << 20  # bytes populated at a time behind the caller's back
@@ -95,6 +96,10 @@ class Slab:
                     self._map[at] = self._map[at]
             if self._lock:
                 self.locked &= _libc().mlock(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(nbytes)) == 0
+
+    def small_pages(self) -> None:
+        """Never take a huge page: what is held is then exactly what was touched, page by page."""
+        _madvise(self.address, self.nbytes, _MADV_NOHUGEPAGE)
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
         """Give the memory of byte ranges ``(offset, nbytes)`` back to the system; they read as zeros afterwards."""

@@ -42,9 +42,10 @@ class Weight:
         slots: the tensor objects of the model.
         owner: who loads it on demand; set by the session.
         tiled: how it is used instead of as a whole, in words ("in 7 tiles"); empty if it is used as a whole.
+        by_rows: who runs the operators that meet it, where only rows of it are ever in; set by the session.
     """
 
-    __slots__ = ("entry", "index", "name", "owner", "slots", "tiled")
+    __slots__ = ("by_rows", "entry", "index", "name", "owner", "slots", "tiled")
 
     def __init__(self, index: int, name: str, entry: TensorEntry, tiled: str = "") -> None:
         self.index = index
@@ -52,6 +53,7 @@ class Weight:
         self.entry = entry
         self.slots: list[Slot] = []
         self.owner: Any = None
+        self.by_rows: Any = None
         self.tiled = tiled
 
 

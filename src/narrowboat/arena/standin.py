@@ -46,12 +46,15 @@ class _StandIn:
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.detach.default:
+        if func is torch.ops.aten.detach.default and type(args[0]) is not TurnedStandIn:
             return lazy_alias(slot_of(args[0]))
         _refuse_writes(func, args, kwargs or {})
         leaves, spec = tree_flatten((args, kwargs or {}))
         # Weights that are in count too: making place for the others must not turn them into stand-ins.
         slots = [_slot_or_none(leaf) for leaf in leaves]
+        for leaf, slot in zip(leaves, slots, strict=True):
+            if slot is not None and slot.weight.by_rows is not None:
+                return slot.weight.by_rows.run(func, args, kwargs or {}, leaf)
         weights = [slot.weight for slot in slots if slot is not None]
         with weights[0].owner.touching(weights) as tensor_of:
             real = [
@@ -59,7 +62,7 @@ class _StandIn:
                 for leaf, slot in zip(leaves, slots, strict=True)
             ]
             real_args, real_kwargs = tree_unflatten(real, spec)
-            with _views_tracked_as_in_plain_calls(func):
+            with tracked_as_in_plain_calls(func):
                 out = func(*real_args, **real_kwargs)
             # An operator with nothing to do (.float() of float32) returns its argument: the view must not get out.
             handed_in = {
@@ -94,7 +97,7 @@ class _StandIn:
 
     @property
     def data(self) -> torch.Tensor:
-        return lazy_alias(slot_of(self))
+        return self if isinstance(self, TurnedStandIn) else lazy_alias(slot_of(self))
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -127,6 +130,23 @@ class StandInTensor(_StandIn, torch.Tensor):  # type: ignore[misc]
 
 class StandInParameter(_StandIn, nn.Parameter):  # type: ignore[misc]
     """A parameter that is out."""
+
+
+class TurnedStandIn(StandInTensor):
+    """A stack of matrices of which only rows are ever in, with the last two dimensions exchanged."""
+
+    @staticmethod
+    def of(slot: Slot) -> torch.Tensor:
+        """The stack of ``slot``, turned."""
+        *outer, rows, columns = slot.weight.entry.shape
+        strides = (rows * columns,) * len(outer) + (1, columns)
+        shape, dtype = (*outer, columns, rows), slot.weight.entry.dtype
+        with torch.inference_mode(False):
+            made = torch.Tensor._make_wrapper_subclass(
+                TurnedStandIn, shape, strides=strides, dtype=dtype, device=torch.device("cpu")
+            )
+        tag(made, slot)
+        return made
 
 
 def slot_of(tensor: Any) -> Slot:
@@ -174,7 +194,7 @@ def _with_flag_of(standin: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return view.detach() if view.requires_grad and not standin.requires_grad else view
 
 
-def _views_tracked_as_in_plain_calls(func: Any) -> AbstractContextManager[Any]:
+def tracked_as_in_plain_calls(func: Any) -> AbstractContextManager[Any]:
     """Let an operator see the same ``requires_grad`` on the views it makes inside as it would in a plain call.
 
     In ``inference_mode`` composite operators arrive here whole, and PyTorch no longer tracks views below this point:

@@ -10,6 +10,15 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """``nbytes`` bytes at ``offset`` of ``file``."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where the bytes of one tensor lie.
 
@@ -23,6 +32,8 @@ class TensorEntry:
         stride: None when the bytes are C-contiguous and little endian, so that ``nbytes`` bytes from
             ``offset`` on are the tensor; else its strides in elements (a transposed or expanded view
             in a ``.pth`` file), which ``pack`` resolves and the stream does not read.
+        pieces: the tensor's bytes one after the other, where they do not lie in one piece (experts that are stored
+            one by one); ``file`` and ``offset`` are the first one's then.
     """
 
     name: str
@@ -32,6 +43,18 @@ class TensorEntry:
     file: Path
     offset: int
     stride: tuple[int, ...] | None = None
+    pieces: tuple[Piece, ...] = ()
+
+    def cut(self, start: int, stop: int) -> list[tuple[int, Piece]]:
+        """Where bytes ``[start, stop)`` of the tensor lie: places counted from ``start``, and what is there."""
+        found: list[tuple[int, Piece]] = []
+        at = 0
+        for piece in self.pieces or (Piece(self.file, self.offset, self.nbytes),):
+            low, high = max(start, at), min(stop, at + piece.nbytes)
+            if low < high:
+                found.append((low - start, Piece(piece.file, piece.offset + low - at, high - low)))
+            at += piece.nbytes
+        return found
 
     @property
     def contiguous(self) -> bool:

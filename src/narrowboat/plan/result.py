@@ -30,6 +30,7 @@ class Plan:
         scheme: how it was made: ``"best"``, or one of ``plan.schemes``.
         tiled: layers too large to be in as a whole, each with its number of tiles or strips; 0 for a table whose
             rows are read on demand.
+        expert_bytes: of the fixed bytes, the cache of experts that are read on demand.
     """
 
     budget: int
@@ -48,6 +49,7 @@ class Plan:
     lower_bound: float = 0.0
     scheme: str = "best"
     tiled: tuple[tuple[str, int], ...] = ()
+    expert_bytes: int = 0
 
     @property
     def arena_bytes(self) -> int:
@@ -86,6 +88,8 @@ def explain(plan: Plan) -> str:
     if plan.tiled:
         lines.append(f"tiled         {describe_tiled(plan.tiled)}")
     lines += [f"  {name:<12}{format_bytes(nbytes)}" for name, nbytes in plan.fixed_parts if nbytes]
+    if plan.expert_bytes:
+        lines.append("  (experts are read on demand, on top of what follows)")
     lines += [
         f"reads         {format_bytes(timing.bytes_read)} per pass at {plan.machine.bandwidth / 1e9:.2f} GB/s",
         f"predicted     {format_seconds(timing.latency)} per pass: {format_seconds(timing.compute)} computing, "

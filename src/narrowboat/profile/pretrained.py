@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrowboat.checkpoint import WeightsIndex, open_index
+from narrowboat.checkpoint import TensorEntry, WeightsIndex, open_index
+from narrowboat.checkpoint.entry import Piece
 from narrowboat.errors import ModelError, WeightsFormatError
 from narrowboat.profile.skeleton import no_storage, tensor_names
 
@@ -188,44 +189,91 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _under_model_names(index: WeightsIndex, model: Any, path: Path) -> WeightsIndex:
     """The index with its tensors renamed as ``from_pretrained`` would."""
     wanted = {name for _, names, _ in tensor_names(model).values() for name in names}
-    rename = _renaming(model, wanted, path)
-    names = {name: rename(name) for name in index.names()}
+    rename = _renaming(model, wanted)
+    found = {name: rename(name) for name in index.names()}
+    parts: dict[str, dict[str, list[str]]] = {}  # a tensor of the model -> patterns -> what is stored of it
+    converters: dict[str, Any] = {}
+    for name, (new, converter, pattern) in found.items():
+        if converter is not None and new in wanted:
+            parts.setdefault(new, {}).setdefault(pattern, []).append(name)
+            converters[new] = converter
+    merged = {new: _merge(index, new, converters[new], stored, model, path) for new, stored in parts.items()}
+    names = {name: new for name, (new, _, _) in found.items() if new not in merged}
     ignored = sorted(name for name, new in names.items() if new not in wanted)
     if ignored:
         log.info("%s holds %d tensors that the model does not use: %s", path, len(ignored), ", ".join(ignored[:5]))
-    return replace(
-        index,
-        entries={names[name]: replace(entry, name=names[name]) for name, entry in index.entries.items()},
-        aliases={names[name]: names[other] for name, other in index.aliases.items()},
-        digests={names.get(name, name): digest for name, digest in index.digests.items()},
+    entries = {names[name]: replace(entry, name=names[name]) for name, entry in index.entries.items() if name in names}
+    aliases = {names[name]: names[other] for name, other in index.aliases.items() if {name, other} <= names.keys()}
+    digests = {names.get(name, name): digest for name, digest in index.digests.items()}
+    if merged:  # pieces begin and end anywhere, and nobody has a digest of the whole
+        return replace(index, entries={**entries, **merged}, aliases=aliases, digests={}, packed=False)
+    return replace(index, entries=entries, aliases=aliases, digests=digests)
+
+
+def _merge(
+    index: WeightsIndex, new: str, converter: Any, stored: dict[str, list[str]], model: Any, path: Path
+) -> TensorEntry:
+    """The stack ``new`` of the model, of experts stored one by one: where its bytes lie, in their order.
+
+    Args:
+        stored: by pattern of the converter, the names that make it up.
+
+    Raises:
+        WeightsFormatError: transformers makes it in a way that is more than putting bytes one after the other.
+    """
+    operations = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    lists = [sorted(stored.get(pattern, ()), key=_natural) for pattern in converter.source_patterns]
+    columns = [[entry for name in names if (entry := index.resolve(name)) is not None] for names in lists]
+    first = [column[0] for column in columns if column]
+    plain = operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
+    alike = len(first) == len(columns) and all(
+        len(column) == len(columns[0]) and all(_alike(entry, column[0], first[0]) for entry in column)
+        for column in columns
     )
+    if not plain or not alike:
+        name = next(name for names in stored.values() for name in names)
+        raise WeightsFormatError(
+            f"{path}: {name} is stored in an older layout, of which {type(model).__name__} makes {new} while it "
+            "loads. Convert the folder once, on a machine with the memory for it: "
+            f"{type(model).__name__}.from_pretrained(folder, dtype='auto')"
+            ".save_pretrained(new_folder, save_original_format=False)"
+        )
+    pieces = tuple(Piece(e.file, e.offset, e.nbytes) for row in zip(*columns, strict=True) for e in row)
+    shape = (len(columns[0]), sum(e.shape[0] for e in first), first[0].shape[1])
+    nbytes = sum(piece.nbytes for piece in pieces)
+    return TensorEntry(new, first[0].dtype, shape, nbytes, pieces[0].file, pieces[0].offset, pieces=pieces)
 
 
-def _renaming(model: Any, wanted: set[str], path: Path) -> Any:
-    """A function from a stored name to the model's."""
+def _alike(entry: TensorEntry, column: TensorEntry, first: TensorEntry) -> bool:
+    """Whether a matrix can lie beside the others of its kind, and beside the first of all."""
+    matrix = len(entry.shape) == 2 and entry.contiguous and entry.shape == column.shape
+    return matrix and entry.shape[1] == first.shape[1] and entry.dtype == first.dtype
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts names by their parts, numbers as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _renaming(model: Any, wanted: set[str]) -> Any:
+    """A function from a stored name to the model's, the converter that makes it of several, and what part of it."""
     prefix = getattr(model, "base_model_prefix", "") or ""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # before transformers 5, names differ by the prefix at most
-        return lambda name: _with_prefix(name, prefix, wanted)
+        return lambda name: (_with_prefix(name, prefix, wanted), None, "")
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
-    def rename(name: str) -> str:
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    def rename(name: str) -> tuple[str, Any, str]:
         if name in wanted:
-            return name
-        new, converter = rename_source_key(name, renamings, converters)
-        new = _with_prefix(new, prefix, wanted)
-        if converter is not None and new in wanted:
-            raise WeightsFormatError(
-                f"{path}: {name} is stored in an older layout, of which {type(model).__name__} makes {new} while it "
-                "loads. Convert the folder once, on a machine with the memory for it: "
-                f"{type(model).__name__}.from_pretrained(folder, dtype='auto')"
-                ".save_pretrained(new_folder, save_original_format=False)"
-            )
-        return str(new)
+            return name, None, ""
+        new, pattern = rename_source_key(name, renamings, converters)
+        return _with_prefix(new, prefix, wanted), of_pattern.get(pattern or ""), pattern or ""
 
     return rename
 

@@ -93,7 +93,7 @@ def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
     """
     modules: list[Any] = [child for _, child in module.named_modules()]
     layers = {layer.number: layer for layer in tiling.layers}
-    out = UseTrace(written=set(trace.written), output_bytes=trace.output_bytes)
+    out = UseTrace(written=set(trace.written), output_bytes=trace.output_bytes, whole=set(trace.whole))
     taken = list(trace.taken)
     starts, ends = [], []
     for step, event in enumerate(trace.events):

@@ -130,7 +130,7 @@ def tileable(module: nn.Module, matched: Matched, trace: UseTrace | None) -> dic
 
 
 def _can_tile(child: nn.Module, entry: TensorEntry) -> bool:
-    if "forward" in child.__dict__ or not entry.nbytes:
+    if "forward" in child.__dict__ or not entry.nbytes or entry.pieces:
         return False
     if type(child) in _TABLES:
         size = entry.dtype.itemsize

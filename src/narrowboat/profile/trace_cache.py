@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 6
+_FORMAT = 7
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -109,6 +109,7 @@ def load_trace(key: str) -> UseTrace | None:
             output_bytes=int(kept["output_bytes"]),
             alive=[int(nbytes) for nbytes in kept["alive"]],
             cache_bytes=int(kept["cache_bytes"]),
+            whole=set(kept["whole"]),
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
@@ -117,7 +118,7 @@ def load_trace(key: str) -> UseTrace | None:
 def save_trace(key: str, trace: UseTrace) -> None:
     """Keep ``trace`` for later processes; where the cache folder cannot be written, it is made anew each time."""
     fields = asdict(trace)
-    fields["written"] = sorted(trace.written)
+    fields["written"], fields["whole"] = sorted(trace.written), sorted(trace.whole)
     try:
         write_durably(_path(key), json.dumps(fields, separators=(",", ":")))
     except OSError:

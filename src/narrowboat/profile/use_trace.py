@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from narrowboat.profile.rowwise import aten, takes_rows
 from narrowboat.profile.skeleton import tensor_names
 
 ENTER, EXIT = 0, 1
@@ -59,6 +60,7 @@ class UseTrace:
         output_bytes: bytes of the pass's results.
         alive: bytes of intermediate tensors alive as each step begins, inputs included; empty where unknown.
         cache_bytes: of the activations, the key-value cache that the pass hands back.
+        whole: weights that an operator wants as a whole; of the others, all take single rows of the first dimension.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -76,6 +78,7 @@ class UseTrace:
     output_bytes: int = 0
     alive: list[int] = field(default_factory=list)
     cache_bytes: int = 0
+    whole: set[int] = field(default_factory=set)
 
     def open_step(self, event: Event) -> None:
         """Begin the step that ``event`` opens."""
@@ -115,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         self._made_in: dict[int, int] = {}  # id of a view of a weight -> step it was made in
         self._views: list[torch.Tensor] = []
         self._own: set[int] = set()
+        self._rows: set[int] = set()  # ids of views of single rows
 
     def own(self, tensor: torch.Tensor) -> None:
         """``tensor`` is a weight itself, not a view of one."""
@@ -143,11 +147,15 @@ class _Recorder(TorchDispatchMode):
                         self.trace.holds.append((weight, made, step))
                     if _is_written(func, tensor, args, kwargs):
                         self.trace.written.add(weight)
+                    if id(tensor) not in self._rows and not takes_rows(func, args, tensor):
+                        self.trace.whole.add(weight)
         for tensor in outputs:
             weight = self._weight(tensor)
             if weight is not None and id(tensor) not in self._own:
                 self._made_in[id(tensor)] = step
                 self._views.append(tensor)  # keeps the id unique
+                if func is aten.select.int or any(id(t) in self._rows for t in inputs):
+                    self._rows.add(id(tensor))
             elif weight is None:
                 self._count(tensor)
         if step >= 0:

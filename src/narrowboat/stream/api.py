@@ -119,7 +119,7 @@ def stream(
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
         prepared.scheme = scheme
-        prepared = fit(prepared, nbytes)
+        prepared = fit(prepared, nbytes, whole_stacks=verify != "off")
         made = Session(
             prepared,
             budget=nbytes,

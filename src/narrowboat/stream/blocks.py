@@ -162,6 +162,12 @@ def _extents(
     extents: list[Extent] = []
     for w, place in zip(group.weights, group.places, strict=True):
         entry = weights[w].entry
+        if entry.pieces:
+            extents += [
+                Extent(file_number[str(piece.file)], piece.offset, piece.nbytes, base + place + at)
+                for at, piece in entry.cut(0, entry.nbytes)
+            ]
+            continue
         number = file_number[str(entry.file)]
         # A tile may begin in the middle of a page, even of a packed file.
         whole_pages = packed and entry.offset % PAGE == 0

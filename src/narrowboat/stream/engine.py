@@ -387,12 +387,16 @@ class Engine:
             self._swapper.finish(block)
             after = time.perf_counter()
             self.record.stalled(block.index, after - before)
-            self._resumed += after - before  # a wait in the middle of a step is not computing
-            self._lane.add(block.name, before, after)
+            self.waited(block.name, before, after)
         if self.on_arrival is not None:
             self._inspect(block)
         if self.observed is None:  # else every operator has to meet the stand-ins, or its use goes unseen
             block.show()
+
+    def waited(self, name: str, before: float, after: float) -> None:
+        """Show a wait for ``name`` in the trace; one in the middle of a step is not computing."""
+        self._resumed += after - before
+        self._lane.add(name, before, after)
 
     def _inspect(self, block: BlockState) -> None:
         if self.on_arrival is None or block.shown:
@@ -492,5 +496,4 @@ class Engine:
 
 
 def _empty(slot: Slot) -> torch.Tensor:
-    entry = slot.weight.entry
-    return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.empty(slot.weight.entry.shape, dtype=slot.weight.entry.dtype)

@@ -73,7 +73,7 @@ class Maps:
         self.sweeps: deque[PassRecord] = deque(maxlen=256)
         self.swept = 0
         self.group = 1
-        self.why_alone = ""
+        self.why_alone = "experts are read on demand, for one pass at a time" if session.prepared.experts else ""
         self.predicted = 0.0
         self.in_force = False
         self._probes = 0
@@ -99,7 +99,7 @@ class Maps:
         session = self._session
         if session.closed:
             raise SessionClosedError(session.engine.closed)
-        if batch is not None and session.plan.streamed:
+        if batch is not None and session.plan.streamed and session.prepared.experts is None:
             session.prepared.decide(session.machine, session.budget, batch)  # refused before anything runs
         total = len(inputs) if isinstance(inputs, Sized) else None
         outputs = self._deliver(iter(inputs), batch, errors)

@@ -20,11 +20,13 @@ from narrowboat.errors import BudgetError, ModelError, ProfileError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name
 from narrowboat.machine.memory import process_memory
 from narrowboat.machine.storage_choice import StorageChoice, load_storage_choice
+from narrowboat.plan.experts import give_rest, miss_seconds
 from narrowboat.plan.group import sweep
 from narrowboat.plan.make import check_budget, make_plan, minimum_budget
-from narrowboat.plan.model import Machine, Workload
+from narrowboat.plan.model import PAGE, Machine, Workload
 from narrowboat.plan.result import Plan
 from narrowboat.plan.table import PlanTable
+from narrowboat.profile.experts import Experts
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.measured import MeasuredProfile, identity_of, load_profile, read_profile, save_profile
 from narrowboat.profile.memory import activation_parts, fault_seconds, in_flight_bytes
@@ -47,6 +49,7 @@ _MISFIT = (
 )
 _CONTENTION = 0.08  # where it was not measured: 0 to 0.17 were seen in the zoo's models on two cores
 _NEED_MARGIN, _NEED_NOISE = 1.06, 1 << 20  # over the most that a profile's passes took beside the weights
+_ANY = 1 << 62  # a budget that holds anything
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -71,6 +74,8 @@ class Prepared:
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
         tiling: which layers are computed in tiles; None where all are in one piece.
+        experts: the stacks whose experts are read on demand; None where there are none, or all fits.
+        expert_floor: bytes set aside for experts before ordinary weights get theirs; they get what is left besides.
         least: the smallest budget with which any tiling of the model can be streamed, and what sets it; None until
             ``stream.tiling.fit`` has looked.
         why_untraced: why ``trace`` is None.
@@ -98,6 +103,8 @@ class Prepared:
     measured: MeasuredProfile | None = None
     _table: tuple[object, PlanTable] | None = field(default=None, repr=False)
     tiling: Tiling | None = None
+    experts: Experts | None = None
+    expert_floor: int = 0
     least: tuple[int, str] | None = None
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
 
@@ -143,6 +150,7 @@ class Prepared:
             BudgetError: no policy leaves enough.
         """
         least, limiter = self.check(budget)
+        self.set_floor(budget)
         best = self._best(machine, budget, together, self.left_behind, thorough)
         if best is None and self.left_behind:  # where there is no room for that, passes will have to use it again
             best = self._best(machine, budget, together, 0, thorough)
@@ -151,21 +159,37 @@ class Prepared:
             make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
         assert best is not None
         least, limiter = self.least or (least, limiter)
-        return replace(best[0], minimum=least, limiter=limiter, tiled=self.tiled), best[1], best[2]
+        return replace(self._shared(best[0]), minimum=least, limiter=limiter, tiled=self.tiled), best[1], best[2]
+
+    def _shared(self, plan: Plan) -> Plan:
+        """The plan with what it leaves free given to the experts, where they are read on demand."""
+        return plan if self.experts is None else give_rest(plan, self.expert_floor, self.experts.total)
+
+    def set_floor(self, budget: int) -> None:
+        """Set aside for experts what lets reads and computing overlap, where ``budget`` has twice the room for it."""
+        if self.experts is not None:
+            self.expert_floor = self.experts.least
+            spare = max(budget - self.check(_ANY)[0], 0)
+            self.expert_floor += min(spare // 2, max(self.experts.comfort - self.experts.least, 0)) // PAGE * PAGE
 
     def _best(
         self, machine: Machine, budget: int, together: int, left_behind: int, thorough: bool
     ) -> tuple[Plan, list[Group], MallocPolicy] | None:
         best: tuple[Plan, list[Group], MallocPolicy] | None = None
+        least = float("inf")
+        # Two percent: an allocator that gives memory back has to be worth it. Experts have a use for any memory.
+        worth = 0.98 if self.experts is None else 1.0
         for policy in self._policies:
             workload, groups = self._workload(policy, together, left_behind)
-            # Two percent: an allocator that gives memory back has to be worth it.
-            if best is not None and sum(workload.step_seconds) > best[0].predicted_latency * 0.98:
+            if best is not None and sum(workload.step_seconds) > least * worth:
                 continue
             with contextlib.suppress(BudgetError):
                 plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=thorough)
-                if best is None or plan.predicted_latency < best[0].predicted_latency * 0.98:
-                    best = plan, groups, policy
+                seconds = plan.predicted_latency
+                if self.experts is not None:  # what the allocator does not take, the experts get
+                    seconds += miss_seconds(self._shared(plan), self.experts.total, self.experts.demand)
+                if best is None or seconds < least * worth:
+                    best, least = (plan, groups, policy), seconds
         return best
 
     def check(self, budget: int) -> tuple[int, str]:
@@ -174,7 +198,12 @@ class Prepared:
         Raises:
             BudgetError: ``budget`` is below it.
         """
-        workloads = [self._workload(policy)[0] for policy in self._policies]
+        floor = self.expert_floor
+        try:
+            self.expert_floor = self.experts.least if self.experts is not None else 0
+            workloads = [self._workload(policy)[0] for policy in self._policies]
+        finally:
+            self.expert_floor = floor
         return check_budget(min(workloads, key=lambda w: minimum_budget(w)[0]), budget)
 
     def look_up(self, machine: Machine, budget: int) -> tuple[Plan, list[Group]]:
@@ -184,7 +213,8 @@ class Prepared:
             BudgetError: as ``choose``.
         """
         least, limiter = self.check(budget)
-        usual = self.scheme == "best" and self.together == 1  # what the table was made for
+        # What the table was made for.
+        usual = self.scheme == "best" and self.together == 1 and self.experts is None
         found = self._plan_table(machine, (least, limiter)).best(budget) if usual else None
         if found is None:
             return self.choose(machine, budget)
@@ -244,7 +274,13 @@ class Prepared:
     def enough(self) -> int:
         """A budget in bytes that holds everything under any allocator policy."""
         workloads = [self._workload(policy)[0] for policy in self._policies]
-        return max(w.weight_bytes + w.fixed_bytes for w in workloads)
+        more = self.experts.total - self.expert_floor if self.experts is not None else 0
+        return max(w.weight_bytes + w.fixed_bytes for w in workloads) + more
+
+    def holds_all(self, budget: int) -> bool:
+        """Whether everything could stay in ``budget`` bytes under some allocator policy."""
+        workloads = [self._workload(policy)[0] for policy in self._policies]
+        return any(w.weight_bytes + w.fixed_bytes <= budget for w in workloads)
 
     @property
     def tiled(self) -> tuple[tuple[str, int], ...]:
@@ -265,7 +301,7 @@ class Prepared:
             workload, groups = self._workload(self.policy)
             plan = make_plan(workload, machine, budget, scheme=self.scheme, thorough=True)
         least = min(plan.minimum, before.minimum)
-        return replace(plan, minimum=least, limiter=before.limiter, tiled=self.tiled), groups
+        return replace(self._shared(plan), minimum=least, limiter=before.limiter, tiled=self.tiled), groups
 
     def _workload(self, policy: MallocPolicy, together: int = 1, left_behind: int = 0) -> tuple[Workload, list[Group]]:
         trace = self.trace if self.trace is not None else _module_by_module(self.owned)
@@ -274,6 +310,8 @@ class Prepared:
         groups = self._groups[1]
         seconds = self.step_seconds or tuple(1e-3 for _ in trace.uses)
         reserved = dict(self.fixed_parts)
+        if self.experts is not None:
+            reserved["experts"] = self.expert_floor
         if self.trace is not None and self.trace.activation_bytes:
             reserved.update(activation_parts(trace, policy))
             if trace.cache_bytes:

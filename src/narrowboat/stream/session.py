@@ -34,6 +34,7 @@ from narrowboat.quantities import format_bytes, parse_bytes
 from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
+from narrowboat.stream.expert_ops import start_experts
 from narrowboat.stream.integrity import Integrity
 from narrowboat.stream.map import Maps
 from narrowboat.stream.memory_watch import MemoryWatch
@@ -66,6 +67,7 @@ class Session:
         memory: what the process took since.
         files: the weights files, open.
         slab: the memory; None once closed.
+        experts: the cache of experts that are read on demand; None where none are.
         records: what the last 256 passes took.
         settled: the plan rests on measured passes.
         maps: what is known about mapping the model.
@@ -90,7 +92,7 @@ class Session:
         self._index = index = prepared.index
         self._budget = budget
         self._cleanup = cleanup
-        self._lock_memory = lock_memory
+        self.lock_memory = lock_memory
         self._pid = os.getpid()
         self.baseline = baseline
         self.memory = MemoryWatch(baseline)
@@ -127,6 +129,7 @@ class Session:
                 install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)
             attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
+            self.experts = start_experts(self)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
             self.engine.on_touch = self._check_files
@@ -279,6 +282,8 @@ class Session:
             if self.slab is not None:
                 self.slab.close()
                 self.slab = None
+            if self.experts is not None:
+                self.experts.close()
             self.ledger.set("resident", 0)
             self.ledger.set("window", 0)
         self.maps.dismiss()
@@ -292,18 +297,20 @@ class Session:
         if self.slab is not None:
             self.slab.close()
         # Twice the weights in addresses, not in memory: each block's home, and the window after them.
-        self.slab = Slab(2 * plan.weight_bytes, lock=self._lock_memory, populate=False)
+        self.slab = Slab(2 * plan.weight_bytes, lock=self.lock_memory, populate=False)
         self.slab.hold(held_ranges(plan), behind=True)
         self._use(plan, groups, {})
 
     def put_in_force(self, plan: Plan, groups: list[Group], *, budget: int | None = None) -> None:
-        """Replace the plan; blocks that are in and stay resident are left alone.
+        """Replace the plan; blocks and experts that are in and stay are left alone.
 
         Args:
             budget: bytes of the budget it was made for, where that is another.
         """
         log.info("new plan: %s predicted", f"{plan.predicted_latency * 1e3:.1f} ms")
         try:
+            if self.experts is not None:  # first what they give: there is never more than the larger of the two
+                self.experts.resize(min(plan.expert_bytes, self.experts.capacity))
             self._replace(plan, groups)
         except BaseException:
             # Half of it may be done: the next use begins anew with the plan that is noted.
@@ -334,6 +341,8 @@ class Session:
         packed = self._index.packed
         blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, there, packed=packed)
         self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
+        if self.experts is not None:
+            self.experts.resize(plan.expert_bytes)
         self.plan = plan
         self.ledger.set("resident", plan.resident_bytes)
         self.ledger.set("window", plan.window_bytes)
@@ -390,6 +399,8 @@ class Session:
         except StreamedModelError as error:
             log.warning("after an interruption all weights are read anew: %s", error)
         self.engine.abandon()
+        if self.experts is not None:
+            self.experts.reset()
         self.ledger.set("off_plan", 0)
         self._adopt(self.plan, self.prepared.workload()[1])
 
@@ -416,7 +427,8 @@ class Session:
         """Bytes the process holds over its baseline and the arena; 0 where other sessions may hold some of them."""
         if not self.alone:
             return 0
-        return max(resident_bytes() - self.baseline - self.plan.arena_bytes, 0)
+        experts = self.experts.held if self.experts is not None else 0
+        return max(resident_bytes() - self.baseline - self.plan.arena_bytes - experts, 0)
 
     def _take_note(self, record: PassRecord) -> None:
         self._look()
@@ -442,7 +454,7 @@ class Session:
         """After passes: are the files still those that were opened, and how much is held?"""
         for file in self.files:
             file.check_open_file()
-        self.memory.rest(self._budget, self.plan.fixed_bytes)
+        self.memory.rest(self._budget, self.plan.fixed_bytes - self.plan.expert_bytes)
 
     @property
     def alone(self) -> bool:

@@ -105,8 +105,9 @@ def _correct_reserve(session: Session) -> bool:
         )
         return True
     if not session.memory.answered and session.memory.certain:
-        taken = session.peak_bytes - session.plan.arena_bytes
-        spare = session.plan.fixed_bytes - int(taken * _MARGIN) - NOISE
+        experts = session.experts.most if session.experts is not None else 0  # the cache may not have filled yet
+        taken = session.peak_bytes - session.plan.arena_bytes - experts
+        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN) - NOISE
         if spare > session.budget // 50:
             prepared.correct(-spare)
     return False

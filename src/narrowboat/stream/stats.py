@@ -6,6 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from narrowboat.machine.openmp import openmp_status
+from narrowboat.stream.expert_cells import ExpertCounts
 
 if TYPE_CHECKING:
     from narrowboat.stream.session import Session
@@ -55,6 +56,14 @@ def collect(session: Session) -> dict[str, Any]:
     map_stall_ms             ms      per sweep, time spent waiting for weights
     map_bytes_read           bytes   per sweep, what arrived from storage during it
     map_predicted_sweep_ms   ms      of the plan last in force for a map
+    expert_cache_bytes       bytes   room for experts that are read on demand; 0 where none are (so all that follows)
+    expert_hits              count   uses of an expert's weight that was in, or on its way in because it was foreseen
+    expert_misses            count   uses of one that had to be read for it
+    expert_bytes_read        bytes   read for experts
+    expert_bytes_ahead       bytes   of those, because the next layer was thought to want them
+    expert_bytes_foreseen    bytes   of those, that it did want
+    expert_policy            text    who leaves first (``plan.experts.Policy``)
+    expert_policy_hits       share   by policy, of the bytes used it would have had in; at the last choice
     openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
     openmp_risky             bool    a busy neighbour can make a pass many times slower
     ======================== ======= ==========================================================
@@ -106,6 +115,22 @@ def collect(session: Session) -> dict[str, Any]:
         "map_stall_ms": [r.stall * 1e3 for r in maps.sweeps],
         "map_bytes_read": [r.bytes_read for r in maps.sweeps],
         "map_predicted_sweep_ms": maps.predicted * 1e3,
+        **_experts(session),
         "openmp_policy": status.policy,
         "openmp_risky": status.risky,
+    }
+
+
+def _experts(session: Session) -> dict[str, Any]:
+    cache = session.experts
+    counts = cache.counts if cache is not None else ExpertCounts()
+    return {
+        "expert_cache_bytes": cache.capacity if cache is not None else 0,
+        "expert_hits": counts.hits,
+        "expert_misses": counts.misses,
+        "expert_bytes_read": counts.bytes_read,
+        "expert_bytes_ahead": counts.bytes_ahead,
+        "expert_bytes_foreseen": counts.bytes_foreseen,
+        "expert_policy": cache.policy.value if cache is not None else "",
+        "expert_policy_hits": {policy.value: share for policy, share in counts.shares.items()},
     }

@@ -11,6 +11,7 @@ from torch import nn
 
 from narrowboat.errors import BudgetError
 from narrowboat.plan.model import PAGE, Machine
+from narrowboat.profile.experts import by_expert, find_experts, without_experts
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.skeleton import Matched
@@ -19,6 +20,7 @@ from narrowboat.profile.tiles import SMALLEST, Owner, Tiling, plan_tiles, tileab
 from narrowboat.stream.prepare import Prepared
 
 _ANY = 1 << 62  # a budget that holds anything
+_PER_CELL = 2 << 10  # bytes of one expert's place in the cache: objects, views, routing counts
 _PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
 _STRIPS = 4 << 20  # bytes that the heap keeps between strips: 0.7 and 2.3 MiB over the estimate were seen (FCN)
 _TRIED = 3  # sizes that are compared by predicted latency
@@ -37,14 +39,37 @@ class _Rung:
     largest: int
 
 
-def fit(prepared: Prepared, budget: int) -> Prepared:
+def fit(prepared: Prepared, budget: int, *, whole_stacks: bool = False) -> Prepared:
     """What to stream within ``budget`` bytes: ``prepared`` itself if it fits, else the same model tiled.
 
-    ``least`` is set on what is returned: the smallest budget that any tiling can do with.
+    Where not everything can stay, experts are read on demand. ``least`` is set on what is returned: the smallest
+    budget that any tiling can do with.
+
+    Args:
+        prepared: the model in one piece.
+        budget: bytes.
+        whole_stacks: stream expert stacks with their layers all the same.
 
     Raises:
         BudgetError: no tiling fits; carries that minimum.
     """
+    apart = None if whole_stacks else on_demand(prepared)
+    if apart is None:
+        return _fit(prepared, budget)
+    if not prepared.holds_all(budget):
+        return _fit(apart, budget)
+    measured = prepared.measured
+    prepared.least = measured.least if measured is not None else None
+    if prepared.least is None:
+        candidates = tileable(apart.module, apart.matched, apart.trace)
+        _least(apart, _ladder(apart, candidates, _strip_levels(apart)[-1]))
+        prepared.least = apart.least
+        if measured is not None:
+            measured.least = apart.least  # kept with the first measurements
+    return prepared
+
+
+def _fit(prepared: Prepared, budget: int) -> Prepared:
     whole = prepared.check(_ANY)
     known = prepared.measured.least if prepared.measured is not None else None
     if budget >= whole[0] and known is not None:
@@ -54,8 +79,8 @@ def fit(prepared: Prepared, budget: int) -> Prepared:
     levels = _strip_levels(prepared)
     # The most strips hold the fewest activations; that is where the smallest budget is.
     smallest = _ladder(prepared, candidates, levels[-1])
-    lowest = min(smallest, key=lambda rung: rung.floor[0], default=None)
-    prepared.least = whole if lowest is None or whole[0] <= lowest.floor[0] else lowest.floor
+    lowest = _least(prepared, smallest)
+    assert prepared.least is not None
     if prepared.measured is not None:
         prepared.measured.least = prepared.least  # kept with the first measurements
     if budget >= whole[0]:
@@ -100,6 +125,40 @@ def _by_rows(prepared: Prepared, budget: int) -> Prepared:
     tiled.measured, tiled.measured_under = prepared.measured, prepared.measured_under
     tiled.step_seconds = prepared.step_seconds or tiled.step_seconds  # the steps are the same
     return tiled
+
+
+def _least(prepared: Prepared, smallest: list[_Rung]) -> _Rung | None:
+    """Note the smallest budget that any way of cutting can do with; returns the way that cuts most."""
+    whole = prepared.check(_ANY)
+    lowest = min(smallest, key=lambda rung: rung.floor[0], default=None)
+    prepared.least = whole if lowest is None or whole[0] <= lowest.floor[0] else lowest.floor
+    return lowest
+
+
+def on_demand(prepared: Prepared) -> Prepared | None:
+    """The same model with its experts read on demand; None if it has no expert stacks."""
+    experts = find_experts(prepared.module, prepared.matched, prepared.trace)
+    if experts is None:
+        return None
+    trace = without_experts(prepared.trace, experts, prepared.weights) if prepared.trace is not None else None
+    known = prepared.measured_under is not None
+    owned = {number: [w for w in held if w not in experts.weights] for number, held in prepared.owned.items()}
+    parts = dict(prepared.fixed_parts)
+    parts["bookkeeping"] += _PER_CELL * sum(stack.count * len(stack.weights) for stack in experts.stacks)
+    return replace(
+        prepared,
+        matched=Matched(by_expert(prepared.weights, experts), dict(prepared.matched.numbers)),
+        trace=trace,
+        fixed_parts=parts,
+        owned={number: held for number, held in owned.items() if held},
+        step_seconds=prepared.step_seconds if known or trace is None else estimate_steps(trace),
+        experts=experts,
+        expert_floor=experts.least,
+        measured=None,  # of the model with its stacks in whole
+        _table=None,
+        corrections=dict(prepared.corrections),
+        _groups=None,
+    )
 
 
 def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:

@@ -20,6 +20,7 @@ Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]  # resident, 
 FEW = 4  # blocks up to which everything is tried
 ENOUGH = 2e-3  # a plan so close to the bound is not searched for a better one
 _STEPS = 120_000  # block visits of the simulation that one search may cost, about a second
+_MOST_TRIES, _PATIENCE = 600, 150  # exchanges tried in all, and in a row without one that helps
 _FOLLOWING = 8  # reads that a block let go is taken to delay
 
 
@@ -100,16 +101,18 @@ def climb(
     chance = random.Random(0)
     best, best_timing, lead = start, timing, _lead_of(workload, machine, start)
     visits = sum(len(block.holds) for block in blocks) * 3
-    tries = max(_STEPS // max(visits, 1), 10)
-    while tries > 0 and best_timing.latency > bound * (1 + ENOUGH):
+    tries = min(max(_STEPS // max(visits, 1), 10), _MOST_TRIES)
+    in_vain = 0
+    while tries > 0 and in_vain < _PATIENCE and best_timing.latency > bound * (1 + ENOUGH):
         tries -= 1
+        in_vain += 1
         found = _exchange(workload, room, best, best_timing, lead, chance)
         if found is None:
             continue
         seen = Lead()
         took = simulate(workload, machine, *found[:3], passes=3, lead=seen)
         if improves(took, best_timing, by=1e-5):
-            best, best_timing, lead = found, took, seen
+            best, best_timing, lead, in_vain = found, took, seen, 0
     return best, best_timing
 
 

@@ -6,10 +6,11 @@ ablation       what is different
 ``buffered``   weights are read through the page cache, which is dropped behind each read
 ``no prefetch``a block is read when it is needed, not before
 ``no wrap``    reading does not go on into the next pass
-``no resident``every byte of the budget is window (``scheme="window"``)
 ``copied``     the file is not packed: weights are read into a staging buffer and copied to their place
 ``small pages``the arena asks the system for no huge pages
 ============== =====================================================================================
+
+Without residency every byte of the budget is window: that is ``scheme="window"``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ ABLATIONS: dict[str, Ablation] = {
     "buffered": lambda: _nothing(io="buffered"),
     "no prefetch": _no_prefetch,
     "no wrap": _no_wrap,
-    "no resident": lambda: _nothing(scheme="window"),
     "copied": lambda: _nothing(unpacked=True),
     "small pages": _small_pages,
 }

@@ -76,7 +76,6 @@ def run_plan(emit: Emit, files: Material, budget: int, scheme: str, ablation: st
     emit(
         "plan",
         foreseen=foreseen.predicted_latency,
-        foreseen_compute=foreseen.timing.compute,
         predicted=predicted.predicted_latency,
         bound=predicted.lower_bound,
         gap=foreseen.gap,

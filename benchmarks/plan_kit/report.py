@@ -72,9 +72,9 @@ def write_markdown(
         "",
         "*ms / pass*: median over the rounds of the children's median passes, after three. *x plain*: over plain "
         "PyTorch with everything in memory, run before and after each round. *x bound*: over the larger of plain "
-        "PyTorch and the latency that no plan within the budget can beat (`plan/bound.py`). *foreseen*: from the "
-        "profile, its computing scaled by plain PyTorch's drift since; *predicted error*: of the plan in "
-        "force, made from the session's second pass.",
+        "PyTorch and the latency that no plan within the budget can beat (`plan/bound.py`). *foreseen*: by "
+        "`narrowboat plan` just before, from the profile and what sessions have measured since; *predicted error*: of "
+        "the plan in force, made from the session's second pass.",
         "",
     ]
     for model in dict.fromkeys(cell["model"] for cell in cells):

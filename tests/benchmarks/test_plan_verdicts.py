@@ -15,7 +15,7 @@ from plan_kit.verdicts import cells, verdicts
 def plan(label: str, scheme: str, seconds: float, foreseen: float, **other: Any) -> dict[str, Any]:
     return {
         "kind": "plan", "round": 0, "budget": 100, "label": label, "scheme": scheme, "ablation": "",
-        "seconds": seconds, "foreseen": foreseen, "foreseen_compute": foreseen / 2, "predicted": seconds,
+        "seconds": seconds, "foreseen": foreseen, "predicted": seconds,
         "bound": 0.5, "gap": 0.0, "bytes_read": 1, "policy": "default", "tiled": 0, "digest": "d", **other,
     }  # fmt: skip
 
@@ -29,12 +29,11 @@ def verdict(found: list[dict[str, Any]], part: str) -> dict[str, Any]:
     return next(v for v in found if part in v["what"])
 
 
-def test_drift_scales_the_computing_of_a_forecast_and_not_its_waiting() -> None:
-    (cell,) = cells(result(plan("curve", "best", 3.0, 2.0), resident=2.0))
-    assert cell["foreseen"] == 1.0 * 2 + 1.0
-    assert cell["foreseen_error"] == pytest.approx(0)
-    assert cell["unscaled_error"] == pytest.approx(2 / 3 - 1)
+def test_ratios_are_taken_over_plain_pytorch_of_the_same_round_and_over_the_bound() -> None:
+    (cell,) = cells(result(plan("curve", "best", 3.0, 2.0, bound=2.5), resident=2.0))
+    assert cell["foreseen_error"] == pytest.approx(2 / 3 - 1)
     assert cell["ratio"] == 1.5
+    assert cell["over_bound"] == 1.2
 
 
 def test_schemes_have_to_come_in_the_order_foreseen() -> None:

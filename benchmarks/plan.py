@@ -77,9 +77,9 @@ def main() -> int:
     gc.freeze()
     if arguments.again is not None:
         record = json.loads(arguments.again.read_text(encoding="utf-8"))
-        results, live, facts = record["models"], record["live"], record["machine"]
+        results, live, facts, failed = record["models"], record["live"], record["machine"], ""
     else:
-        results, live = [], None
+        results, live, failed = [], None, ""
         try:
             for name in arguments.models if set(arguments.parts) - {"live"} else ():
                 model = MODELS[name]
@@ -89,9 +89,9 @@ def main() -> int:
                 results.append(Campaign(model, arguments.work, lambda t: print(t, flush=True), **parts).run())
             if "live" in arguments.parts:
                 live = live_changes(_LIVE, arguments.work, arguments.live_passes, arguments.live_changes)
-        except NarrowboatError as error:
-            console.print(f"[red]{error}[/]")
-            return 1
+        except NarrowboatError as error:  # what was measured until then is kept
+            failed = str(error)
+            console.print(f"[red]{failed}[/]")
         facts = machine_facts(Limits(0, 0, 0, "none"), [], time.perf_counter() - began)
     found = [cell for result in results for cell in cells(result)]
     judged = verdicts(found, live)
@@ -100,7 +100,7 @@ def main() -> int:
     write_markdown(arguments.out / "plan.md", facts, found, judged, live)
     print_results(console, found, judged)
     console.print(f"{facts['wall_seconds']:.0f} s; wrote {arguments.out}/plan.json and plan.md")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def live_changes(name: str, work: Path, passes: int, count: int) -> dict[str, An
     campaign._child("files", lambda emit: make_files(files, pth=False, groups=False), "")
     campaign._child("profile", lambda emit: children.profile(emit, files), "profile")
     facts = campaign._child("facts", lambda emit: children.facts(emit, files), "facts")
-    lowest, highest = int(facts["minimum"] * 1.05), facts["enough"]
+    # Passes may show that they need more than was thought, and the smallest budget grows by it.
+    lowest, highest = int(facts["minimum"] * 1.2), facts["enough"]
     found = campaign._child("live", lambda emit: children.live(emit, files, lowest, highest, passes, count), "live")
     return {"model": name, "lowest": lowest, "highest": highest, **found}

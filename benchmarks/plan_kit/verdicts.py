@@ -2,7 +2,7 @@
 
 *Foreseen* is what ``narrowboat plan`` says just before: from the profile, and what sessions have measured since.
 *Predicted* is the plan in force, made from the session's second pass. The machines are shared, and their speed drifts
-by tens of percent within minutes, so plain PyTorch runs before and after each round, and ratios are taken within a round.
+by tens of percent within minutes, so plain PyTorch runs before and after each round, and ratios stay within a round.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class _Recorder(TorchDispatchMode):
         if formula is not None:
             self.trace.flops[step] += float(formula(*args, **kwargs, out_val=out))
         moved = sum(_nbytes(t) for t in inputs) + sum(_nbytes(t) for t in outputs)
-        if not getattr(func, "is_view", False):
+        if outputs and not getattr(func, "is_view", False):  # a question about a tensor moves none of its bytes
             self.trace.traffic[step] += moved
         if "embedding" in func._schema.name and len(inputs) > 1:
             self.trace.looked_up[step] += inputs[1].numel()

@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench bench-generate clean
+.PHONY: help venv install demo test lint format bench bench-plan bench-generate clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ format: $(STAMP)  ## let ruff put the code into shape
 
 bench: $(STAMP)  ## measure against plain PyTorch, mmap, accelerate and diffusers (ARGS=...)
 	$(BIN)/python benchmarks/inference.py $(ARGS)
+
+bench-plan: $(STAMP)  ## plans predicted and measured, schemes, ablations, live changes (ARGS=...)
+	$(BIN)/python benchmarks/plan.py $(ARGS)
 
 bench-generate: $(STAMP)  ## measure decoding against accelerate, AirLLM and mmap, and sweeps of many inputs (ARGS=...)
 	$(BIN)/python benchmarks/generate.py $(ARGS)

@@ -27,6 +27,7 @@ def test_blocks_are_measured_alone_and_beside_reading(narrowboat: Any, tiny: Pat
     assert told["table"]
     # Under each allocator policy: the bytes beside the weights, and the pace.
     assert set(told["needs"]) == set(told["paces"]) == {"default", "balanced", "lean", "strict"}
+    assert min(told["paces"].values()) == told["paces"]["default"]
     assert all(factor >= 1 for factor in told["slowed"])
     assert set(told["identity"]) == {"weights", "model and inputs", "torch", "threads", "processor"}
     assert json.loads(Path("p.json").read_text())["step_seconds"] == told["step_seconds"]

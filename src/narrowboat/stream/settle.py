@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrowboat")
 _MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
-_LEAST_MARGIN = 4 << 20  # bytes of it at least: 0.8 MiB more than two passes had shown was seen later (decoding)
 _WORTH_MOVING = 0.02  # predicted gain for which the resident set is read again
 _WORTH_SPARING, _NO_LOSS = 0.1, 0.002  # or a share of the reading that a plan as quick does without
 
@@ -108,7 +107,7 @@ def _correct_reserve(session: Session) -> bool:
     if not session.memory.answered and session.memory.certain:
         experts = session.experts.most if session.experts is not None else 0  # the cache may not have filled yet
         taken = session.peak_bytes - session.plan.arena_bytes - experts
-        spare = session.plan.fixed_bytes - session.plan.expert_bytes - max(int(taken * _MARGIN), taken + _LEAST_MARGIN) - NOISE
+        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN) - NOISE
         if spare > session.budget // 50:
             prepared.correct(-spare)
     return False

@@ -295,7 +295,9 @@ def test_tiles_are_as_large_as_leaves_room_for_two(kit: Kit, monkeypatch: pytest
     assert large < small
 
 
-def test_a_live_budget_grows_and_shrinks_within_its_tiles(kit: Kit) -> None:
+def test_a_live_budget_grows_and_shrinks_within_its_tiles(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.stream.tiling._TRIED", 1)  # the largest tiles that fit, though others be quicker
+
     def factory() -> nn.Module:
         return nn.Sequential(nn.Linear(512, 8192), nn.ReLU(), nn.Linear(8192, 16))
 

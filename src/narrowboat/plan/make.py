@@ -221,9 +221,14 @@ def _assemble(
     )
 
 
-def retime(plan: Plan, workload: Workload, machine: Machine) -> Plan:
-    """The same decisions with the prediction made anew from better measurements."""
+def retime(plan: Plan, workload: Workload, machine: Machine, *, lower_bound: float | None = None) -> Plan:
+    """The same decisions with the prediction made anew from better measurements.
+
+    Args:
+        lower_bound: seconds, if known; else it is made anew too, which takes some milliseconds.
+    """
     workload = replace(workload, blocks=plan.blocks)  # a scheme may swap coarser
     timing = simulate(workload, machine, plan.resident, plan.streamed, [plan.offsets[i] for i in plan.streamed])
-    room = (plan.budget - workload.fixed_bytes) // PAGE * PAGE
-    return replace(plan, timing=timing, machine=machine, lower_bound=latency_bound(workload, machine, room))
+    if lower_bound is None:
+        lower_bound = latency_bound(workload, machine, (plan.budget - workload.fixed_bytes) // PAGE * PAGE)
+    return replace(plan, timing=timing, machine=machine, lower_bound=lower_bound)

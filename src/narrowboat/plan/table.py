@@ -108,7 +108,7 @@ class PlanTable:
                 window_bytes=int(row["window_bytes"]),
                 timing=Timing(0.0, 0.0, {}, 0, 0.0),
                 machine=machine,
-                lower_bound=float(row["lower_bound_ms"]) / 1e3,
             )
-            made.append(TableRow(row["policy"], retime(plan, workload, machine)))
+            bound = float(row["lower_bound_ms"]) / 1e3
+            made.append(TableRow(row["policy"], retime(plan, workload, machine, lower_bound=bound)))
         return cls(made)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from narrowboat.machine.cgroup_tree import ROOT, read_text
+from narrowboat.machine.heap_holes import HeapHoles
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -63,6 +64,8 @@ _SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
 }
 
 _changed = False
+_holes = HeapHoles()
+_fill_from: int | None = None  # bytes; None where the heap may use its holes
 
 
 @lru_cache(maxsize=8)
@@ -82,7 +85,8 @@ def allocator_name(root: Path = ROOT) -> str:
 def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     """Put ``policy`` in force in this process, for allocations from now on.
 
-    Best before the model is built: what lies in the heap already stays there until it is freed.
+    What lies in the heap already stays there until it is freed; the holes of its free blocks are given back, and all
+    policies but ``DEFAULT`` keep tensors out of them (``machine.heap_holes``).
 
     Returns:
         False where the allocator is not glibc's, or refuses.
@@ -90,7 +94,7 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     Raises:
         ValueError: no such policy.
     """
-    global _changed
+    global _changed, _fill_from
     wanted = MallocPolicy(policy)
     if allocator_name() != "glibc":
         return False
@@ -98,11 +102,18 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
         return True
     libc = ctypes.CDLL(None)
     _changed = True
-    return all(libc.mallopt(option, value) == 1 for option, value in _SETTINGS[wanted])
+    _holes.open()
+    accepted = all(libc.mallopt(option, value) == 1 for option, value in _SETTINGS[wanted])
+    _fill_from = None if wanted is MallocPolicy.DEFAULT else dict(_SETTINGS[wanted])[_M_MMAP_THRESHOLD]
+    trim()
+    return accepted
 
 
 def trim() -> bool:
     """Give the free pages of the heap back to the system now; True if there were any."""
     if allocator_name() != "glibc":
         return False
-    return bool(ctypes.CDLL(None).malloc_trim(0))
+    gave = bool(ctypes.CDLL(None).malloc_trim(0))
+    if _fill_from is not None:
+        _holes.fill(_fill_from)
+    return gave

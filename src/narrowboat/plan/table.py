@@ -31,9 +31,13 @@ class PlanTable:
 
     Args:
         rows: any plans of one workload; those that a smaller budget equals are left out.
+        workloads, machine: by what to time a plan that is looked up, where the rows' own prediction is an earlier one.
     """
 
-    def __init__(self, rows: Sequence[TableRow]) -> None:
+    def __init__(
+        self, rows: Sequence[TableRow], workloads: dict[str, Workload] | None = None, machine: Machine | None = None
+    ) -> None:
+        self._workloads, self._machine = workloads or {}, machine
         by_plan = {id(row.plan): row for row in rows}
         self.rows = [by_plan[id(plan)] for plan in front(row.plan for row in rows)]
 
@@ -47,7 +51,10 @@ class PlanTable:
         found = [row for row in self.rows if row.plan.budget <= budget]
         if not found:
             return None
-        return TableRow(found[-1].policy, replace(found[-1].plan, budget=budget))
+        policy, plan = found[-1].policy, replace(found[-1].plan, budget=budget)
+        if self._machine is not None:
+            plan = retime(plan, self._workloads[policy], self._machine, lower_bound=plan.lower_bound)
+        return TableRow(policy, plan)
 
     def to_json(self) -> list[dict[str, Any]]:
         """The decisions; ``from_json`` makes the plans from them again."""
@@ -72,7 +79,9 @@ class PlanTable:
     def from_json(
         cls, rows: Sequence[dict[str, Any]], workloads: dict[str, Workload], machine: Machine, least: tuple[int, str]
     ) -> PlanTable:
-        """The table again, timed for this machine; rows that no longer fit the workload are left out.
+        """The table again, its plans timed for this machine as they are looked up.
+
+        A row counts from the budget that it needs now; what of it no longer fits the workload is left out.
 
         Args:
             rows: of ``to_json``.
@@ -91,11 +100,9 @@ class PlanTable:
                 continue
             if any(offset % PAGE for offset in row["offsets"]):
                 continue
-            arena = int(row["resident_bytes"]) + int(row["window_bytes"])
-            if arena + workload.fixed_bytes > int(row["budget"]):
-                continue  # what is reserved beside the weights has grown since
             plan = Plan(
-                budget=int(row["budget"]),
+                # What is reserved beside the weights may have changed since.
+                budget=int(row["resident_bytes"]) + int(row["window_bytes"]) + workload.fixed_bytes,
                 minimum=least[0],
                 limiter=least[1],
                 fixed_bytes=workload.fixed_bytes,
@@ -106,9 +113,9 @@ class PlanTable:
                 offsets=tuple(row["offsets"]),
                 resident_bytes=int(row["resident_bytes"]),
                 window_bytes=int(row["window_bytes"]),
-                timing=Timing(0.0, 0.0, {}, 0, 0.0),
+                timing=Timing(float(row["latency_ms"]) / 1e3, 0.0, {}, int(row["bytes_read"]), 0.0),
                 machine=machine,
+                lower_bound=float(row["lower_bound_ms"]) / 1e3,
             )
-            bound = float(row["lower_bound_ms"]) / 1e3
-            made.append(TableRow(row["policy"], retime(plan, workload, machine, lower_bound=bound)))
-        return cls(made)
+            made.append(TableRow(row["policy"], plan))
+        return cls(made, workloads, machine)

@@ -29,7 +29,6 @@ _PIECE = 4 << 20  # bytes of one read of the storage measurement
 _SHARE = 0.8  # of the available memory
 _FRUGAL = (MallocPolicy.BALANCED, MallocPolicy.LEAN, MallocPolicy.STRICT)
 _PER_POLICY = 3  # passes, the first of them to settle
-_AT_REST = 2 << 20  # bytes: what the heap keeps of small pieces
 _TELLING = 2e-4  # seconds that a step takes at least, if it is to be told apart
 _MOST_SLOWED = 2.0
 
@@ -80,7 +79,7 @@ def measure_profile(
         for _ in range(_SETTLING):
             run()
         trim()
-        traced_here = max(resident_bytes() - handle.baseline - handle.plan.arena_bytes - _objects(prepared), 0)
+        traced_here = max(resident_bytes() - handle.baseline - handle.plan.arena_bytes - prepared.at_rest, 0)
         counted = reset_peak() and handle.alone
         idle = _steps(handle, run, passes)
         measured.needs = {prepared.policy.value: _beside_weights(handle) - traced_here} if counted else {}
@@ -103,11 +102,6 @@ def measure_profile(
             measured.table = pareto(prepared, prepared.machine(typical)).to_json()
         save_profile(measured)
     return measured
-
-
-def _objects(prepared: Prepared) -> int:
-    """Bytes beside the weights that a session holds at rest; a process that has traced a model holds more."""
-    return sum(prepared.fixed_parts.values()) + _AT_REST
 
 
 def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredProfile, besides: int) -> None:

@@ -11,6 +11,7 @@ from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.plan import Plan
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes
+from narrowboat.stream.settle import note_left_behind
 from narrowboat.trace import Event
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class BudgetChange:
         (nbytes, cause), self._wanted = self._wanted, None
         session.engine.on_boundary, self._chosen = None, None
         start, before = time.perf_counter(), session.budget
+        if not session.engine.running:
+            note_left_behind(session)
         try:
             plan, groups = chosen or session.prepared.look_up(session.machine, nbytes)
             session.refuse_written()
@@ -77,8 +80,8 @@ class BudgetChange:
                 raise
             log.warning("the budget stays %s: %s", format_bytes(before), error)
             return
-        set_malloc_policy(session.prepared.policy)
         session.put_in_force(plan, groups, budget=nbytes)
+        set_malloc_policy(session.prepared.policy)
         trim()
         told = f"{format_bytes(before)} -> {format_bytes(nbytes)} ({cause})"
         log.info("budget %s", told)

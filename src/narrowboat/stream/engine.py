@@ -158,6 +158,7 @@ class Engine:
             self._unpin(block)
             self._swapper.evict(block)
             forget_views(block)
+            block.meets.clear()  # cycles would wait for the garbage collector, megabytes of them
         self.blocks = []
         self._block_of = {}
         self._holds = []

@@ -36,6 +36,7 @@ from narrowboat.stream.caller import CallerState, has_modes
 from narrowboat.stream.lockstep import Crew, SweepEnded
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.progress import counted
+from narrowboat.stream.settle import note_left_behind
 from narrowboat.stream.watch import Picture
 
 if TYPE_CHECKING:
@@ -334,8 +335,7 @@ class Maps:
                 return
             session.engine.mend()
             self._plan, self.in_force = None, False
-            trim()
-            session.prepared.left_behind = session.beside_weights()
+            note_left_behind(session)
             try:
                 self._put_in_force(*session.prepared.decide(session.machine, session.budget))
             except BudgetError as error:  # passes took more than was thought; what is in force holds a single one

@@ -17,7 +17,8 @@ class MemoryWatch:
         baseline: resident bytes of the process when the session began.
 
     Attributes:
-        answered: the peak, in bytes over the baseline, that a new plan was made for; 0 until one was.
+        answered: the peak since the last change of the budget, in bytes over the baseline, that a new plan was made
+            for; 0 until one was.
     """
 
     def __init__(self, baseline: int) -> None:
@@ -25,17 +26,30 @@ class MemoryWatch:
         self.answered = 0
         self._hwm_before = process_memory().hwm
         self._sampled = 0
+        self._earlier = 0
 
     @property
     def peak(self) -> int:
-        """Most bytes over the baseline: the kernel's high-water mark where it has risen since, else from samples."""
+        """Most bytes over the baseline so far."""
+        return max(self._earlier, self.recent)
+
+    @property
+    def recent(self) -> int:
+        """The same since the last change of the budget: by the kernel's high-water mark if it rose, or by samples."""
         memory = process_memory()
+        if memory.hwm < self._hwm_before:
+            self._hwm_before = 0  # somebody has reset it, and it tells of the passes since
         most = memory.hwm if memory.hwm > self._hwm_before else max(self._sampled, memory.rss)
         return max(most - self.baseline, 0)
 
+    def begin_anew(self) -> None:
+        """Another budget is in force: what was taken under the one before is no overrun of this one."""
+        self._earlier = self.peak
+        self._hwm_before, self._sampled, self.answered = process_memory().hwm, 0, 0
+
     @property
     def certain(self) -> bool:
-        """Whether the peak is the kernel's; a sample can have missed it."""
+        """Whether the recent peak is the kernel's; a sample can have missed it."""
         return process_memory().hwm > self._hwm_before
 
     def blind(self, budget: int) -> bool:
@@ -69,7 +83,7 @@ class MemoryWatch:
             budget: bytes over the baseline.
             held: of them, those that the session holds between passes.
         """
-        over = self.peak - max(budget, self.answered)
+        over = self.recent - max(budget, self.answered)
         least = min(budget // 100, NOISE)
         if over <= least:
             return 0

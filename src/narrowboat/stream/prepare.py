@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ _MISFIT = (
 _CONTENTION = 0.08  # where it was not measured: 0 to 0.17 were seen in the zoo's models on two cores
 _NEED_MARGIN, _NEED_NOISE = 1.06, 1 << 20  # over the most that a profile's passes took beside the weights
 _ANY = 1 << 62  # a budget that holds anything
+_SMALL_PIECES = 2 << 20  # bytes that the heap keeps of them
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
 
 
@@ -70,7 +71,7 @@ class Prepared:
         corrections: bytes by which a policy's reserve is changed after what passes were seen to take.
         together: inputs on their way through the model at once; plans leave room for them.
         in_flight_correction: bytes by which the reserve for each input beyond the first is changed.
-        left_behind: bytes beside the weights that the process still held when the last map had ended.
+        left_behind: bytes that passes under other plans have left in the heap, beyond what is held at rest.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
         tiling: which layers are computed in tiles; None where all are in one piece.
@@ -107,6 +108,12 @@ class Prepared:
     expert_floor: int = 0
     least: tuple[int, str] | None = None
     _groups: tuple[UseTrace | None, list[Group]] | None = field(default=None, repr=False)
+
+    @property
+    def at_rest(self) -> int:
+        """Bytes beside the weights that a session is thought to hold between passes."""
+        cache = self.trace.cache_bytes if self.trace is not None else 0
+        return sum(self.fixed_parts.values()) + cache + _SMALL_PIECES
 
     @property
     def weights(self) -> list[Weight]:
@@ -151,9 +158,12 @@ class Prepared:
         """
         least, limiter = self.check(budget)
         self.set_floor(budget)
-        best = self._best(machine, budget, together, self.left_behind, thorough)
-        if best is None and self.left_behind:  # where there is no room for that, passes will have to use it again
-            best = self._best(machine, budget, together, 0, thorough)
+        best = self._best(self._policies, machine, budget, together, self.left_behind, thorough)
+        if best is None and self.left_behind:  # no room for that: as much of it as can be, and the least beside it
+            frugal = min(self._policies, key=lambda p: self._workload(p, together)[0].fixed_bytes)
+            room = budget - minimum_budget(self._workload(frugal, together)[0])[0]
+            best = self._best((frugal,), machine, budget, together, max(room, 0) // PAGE * PAGE, thorough)
+            best = best or self._best(self._policies, machine, budget, together, 0, thorough)
         if best is None:  # check() found one that fits; but this scheme, or so many inputs, may need more
             least_of = min(self._policies, key=lambda p: minimum_budget(self._workload(p, together)[0])[0])
             make_plan(self._workload(least_of, together)[0], machine, budget, scheme=self.scheme)
@@ -173,13 +183,19 @@ class Prepared:
             self.expert_floor += min(spare // 2, max(self.experts.comfort - self.experts.least, 0)) // PAGE * PAGE
 
     def _best(
-        self, machine: Machine, budget: int, together: int, left_behind: int, thorough: bool
+        self,
+        policies: Iterable[MallocPolicy],
+        machine: Machine,
+        budget: int,
+        together: int,
+        left_behind: int,
+        thorough: bool,
     ) -> tuple[Plan, list[Group], MallocPolicy] | None:
         best: tuple[Plan, list[Group], MallocPolicy] | None = None
         least = float("inf")
         # Two percent: an allocator that gives memory back has to be worth it. Experts have a use for any memory.
         worth = 0.98 if self.experts is None else 1.0
-        for policy in self._policies:
+        for policy in policies:
             workload, groups = self._workload(policy, together, left_behind)
             if best is not None and sum(workload.step_seconds) > least * worth:
                 continue
@@ -223,9 +239,9 @@ class Prepared:
 
     def _plan_table(self, machine: Machine, least: tuple[int, str]) -> PlanTable:
         rows = self.measured.table if self.measured is not None else []
-        made_from = (machine, self.step_seconds, tuple(self.corrections.items()), len(rows))
+        made_from = (machine, self.step_seconds, tuple(self.corrections.items()), self.left_behind, len(rows))
         if self._table is None or self._table[0] != made_from:
-            workloads = {policy.value: self._workload(policy)[0] for policy in self._policies}
+            workloads = {p.value: self._workload(p, left_behind=self.left_behind)[0] for p in self._policies}
             try:
                 table = PlanTable.from_json(rows, workloads, machine, least)
             except (KeyError, TypeError, ValueError, IndexError):
@@ -324,7 +340,7 @@ class Prepared:
                 beside = sum(reserved.values()) - reserved["allocator"]
                 need = int(self.measured.needs[policy.value] * _NEED_MARGIN) + _NEED_NOISE
                 reserved["allocator"] = max(need - beside, 0)
-            reserved["allocator"] = max(reserved["allocator"] + correction, 0 if together > 1 else left_behind)
+            reserved["allocator"] = max(reserved["allocator"] + correction, 0) + (0 if together > 1 else left_behind)
             slower = self._pace(trace, policy, sum(seconds))
             if slower != 1.0:
                 seconds = tuple(s * slower for s in seconds)

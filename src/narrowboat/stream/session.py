@@ -318,7 +318,7 @@ class Session:
             raise
         if budget is not None:
             self._budget = budget
-            self.memory.answered = self.peak_bytes  # what was taken under another budget is no overrun of this one
+            self.memory.begin_anew()
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         before, slab = self.plan, self.slab
@@ -420,7 +420,7 @@ class Session:
         self._look()
         over = max(self.overrun(), 0)
         if over:
-            self.memory.answered = self.peak_bytes
+            self.memory.answered = self.memory.recent
         return over
 
     def beside_weights(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from narrowboat.errors import BudgetError, NarrowboatError, StreamedModelError
+from narrowboat.machine.malloc import MallocPolicy, trim
 from narrowboat.plan.make import retime
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.quantities import format_bytes
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from narrowboat.stream.session import Session
 
 log = logging.getLogger("narrowboat")
-_MARGIN = 1.25  # what is kept free over the memory that was seen to be taken beside the weights
+# What is kept free over the memory that was seen to be taken beside the weights: holes in the heap come and go.
+_MARGIN = {MallocPolicy.DEFAULT: 1.25, MallocPolicy.BALANCED: 1.25, MallocPolicy.LEAN: 1.1, MallocPolicy.STRICT: 1.1}
+_MOST_LEFT, _STEP = 8 << 20, 256 << 10  # bytes
 _WORTH_MOVING = 0.02  # predicted gain for which the resident set is read again
 _WORTH_SPARING, _NO_LOSS = 0.1, 0.002  # or a share of the reading that a plan as quick does without
 
@@ -38,7 +41,7 @@ def learn(session: Session, observed: UseTrace, record: PassRecord) -> None:
             format_bytes(session.peak_bytes),
             format_bytes(session.budget),
         )
-        session.memory.answered = session.peak_bytes
+        session.memory.answered = session.memory.recent
     share = record.compute / max(len(observed.events), 1)
     session.prepared.step_seconds = tuple(share for _ in observed.events)
     try:
@@ -90,6 +93,22 @@ def settle(session: Session, record: PassRecord) -> None:
         session.put_in_force(better, groups)
 
 
+def note_left_behind(session: Session) -> int:
+    """Between passes: reserve what earlier plans' passes have left in the heap beyond what a session holds at rest.
+
+    Returns:
+        By how many bytes that reserve has grown.
+    """
+    prepared = session.prepared
+    before, prepared.left_behind = prepared.left_behind, 0
+    if prepared.trace is not None and session.engine.crew is None:
+        trim()
+        more = session.beside_weights() - sum(prepared.fixed_parts.values()) - prepared.at_rest
+        # The program's own results and models are not the session's; small change is noise.
+        prepared.left_behind = min(max(more, 0), _MOST_LEFT) // _STEP * _STEP
+    return prepared.left_behind - before
+
+
 def _correct_reserve(session: Session) -> bool:
     """Set the reserve beside the weights by what two passes really took; True if they took more than they may."""
     if not session.alone:
@@ -97,8 +116,8 @@ def _correct_reserve(session: Session) -> bool:
     prepared = session.prepared
     over = session.overrun()
     if over > 0:
-        prepared.correct(over)
-        session.memory.answered = session.peak_bytes
+        prepared.correct(max(over - max(note_left_behind(session), 0), 0))
+        session.memory.answered = session.memory.recent
         log.warning(
             "the process took %s more than the budget in a pass; the plan gives that much back from the weights",
             format_bytes(over),
@@ -106,8 +125,8 @@ def _correct_reserve(session: Session) -> bool:
         return True
     if not session.memory.answered and session.memory.certain:
         experts = session.experts.most if session.experts is not None else 0  # the cache may not have filled yet
-        taken = session.peak_bytes - session.plan.arena_bytes - experts
-        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN) - NOISE
+        taken = session.memory.recent - session.plan.arena_bytes - experts
+        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN[prepared.policy]) - NOISE
         if spare > session.budget // 50:
             prepared.correct(-spare)
     return False

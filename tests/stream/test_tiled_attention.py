@@ -272,6 +272,32 @@ def test_a_budget_that_holds_the_layers_leaves_them_whole_with_plain_bits(kit: K
         session.close()
 
 
+def test_one_token_gets_the_very_bits_of_plain_pytorch_without_its_fast_path(kit: Kit) -> None:
+    torch.manual_seed(0)
+    factory = encoder_layer()
+    plain, x = factory(), torch.randn(1, 1, WIDTH)
+    model = kit.stream(factory, kit.at_rest(plain), (x,))
+    in_tiles(model, "self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
+    with torch.inference_mode():
+        got = model(x)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert torch.equal(got, plain(x))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_query_that_sees_nothing_gets_zeros(kit: Kit) -> None:
+    torch.manual_seed(0)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[2] = True
+    factory = evaluated(lambda: Masked({"need_weights": False}, batch_first=True, bias=False))
+    x = torch.randn(1, 4, WIDTH)
+    model = kit.stream(factory, kit.at_rest(factory()), (x, mask))
+    with torch.inference_mode():
+        assert torch.equal(model(x, mask)[0][0, 2], torch.zeros(WIDTH))
+
+
 def test_a_live_budget_grows_and_shrinks(kit: Kit) -> None:
     torch.manual_seed(0)
     factory = encoder_layer()
@@ -406,11 +432,15 @@ def test_gradients_are_refused(kit: Kit) -> None:
 def test_many_inputs_per_sweep(kit: Kit) -> None:
     torch.manual_seed(0)
     factory = evaluated(
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 1500, batch_first=True), 2)
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 1500, batch_first=True), 6)
     )
     plain = factory()
     inputs = [torch.randn(1, 6, WIDTH) for _ in range(5)]
-    model = kit.stream(factory, kit.at_rest(plain), (inputs[0],), more=24 * MIB)
+    path = kit.at_rest(plain)
+    whole, _ = prepare(factory, path, ((inputs[0],), {})).check(1 << 40)
+    model = nb.stream(factory, path, budget=whole - 1, example=(inputs[0],))
+    kit.opened.append(model)
+    in_tiles(model, "layers.0.self_attn.in_proj")
     with torch.inference_mode():
         model(inputs[0])
     with torch.inference_mode():

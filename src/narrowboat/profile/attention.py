@@ -33,11 +33,7 @@ _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
 _ATTEND: FunctionType = F.multi_head_attention_forward  # type: ignore[assignment]
-_NAMES = {
-    "_in_projection",
-    "linear",
-    "has_torch_function",
-}  # that it has to look up, or tiles are none of its business
+_NAMES = {"_in_projection", "linear", "has_torch_function"}  # exchanged; code without them is other code
 
 
 def fuses(module: nn.Module) -> bool:

@@ -111,7 +111,8 @@ def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
             if type(modules[event[0]]) is nn.MultiheadAttention:
                 piece = project(out, trace, step, used, tiling)
                 # Query, key and value, or before and after the output projection.
-                made[-1] = min(3 * made[-1], max(out.peaks[-1] - trace.alive[step], 0)) if trace.alive else 0
+                beside = trace.peaks[step] + piece - (trace.alive[step] if trace.alive else 0)
+                made[-1] = min(3 * made[-1], max(beside, 0))
             else:
                 piece = _tile(out, trace, step, used[0], tiling, modules[event[0]])
             for at, least in enumerate(PIECES):

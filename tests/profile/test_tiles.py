@@ -20,6 +20,7 @@ from narrowboat.profile.slices import PAGE, UNITS, row_slices
 from narrowboat.profile.tiled_forward import CUT, Cut, convolution_forward
 from narrowboat.profile.tiled_trace import expand, plan_strips
 from narrowboat.profile.tiles import install, plan_tiles, tileable, uninstall
+from narrowboat.profile.unfused_trace import unfuse_trace
 from narrowboat.profile.use_trace import ENTER, UseTrace, trace_uses
 
 MIB = 1 << 20
@@ -99,6 +100,75 @@ def test_an_expanded_trace_has_a_step_for_every_tile_and_keeps_the_others(tmp_pa
     assert [w for step in after.uses for w in step if w not in set(tiles)] == others
     assert len({len(x) for x in (after.events, after.uses, after.flops, after.traffic, after.peaks)}) == 1
     assert sum(after.flops) == pytest.approx(sum(trace.flops))
+
+
+class Attentive(nn.Module):
+    """Two encoder layers, one of them large, and an attention to their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.TransformerEncoderLayer(96, 4, 128, batch_first=True)
+        self.up = nn.Linear(96, 384)
+        self.large = nn.TransformerEncoderLayer(384, 4, 768, batch_first=True)
+        self.attention = nn.MultiheadAttention(384, 4, batch_first=True, add_bias_kv=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.large(self.up(self.small(x)))
+        return self.attention(x[:, :2], x, x)[0]
+
+
+def attentive(folder: Path) -> tuple[nn.Module, Matched, UseTrace, UseTrace]:
+    x = torch.zeros(1, 5, 96)
+    module, matched, trace = kit(lambda: Attentive().eval(), folder, x)
+    return module, matched, trace, trace_uses(module, matched.numbers, (x,), {}, unfused=True)
+
+
+def test_weights_of_fused_layers_qualify_where_it_is_known_what_they_do_unfused(tmp_path: Path) -> None:
+    module, matched, trace, unfused = attentive(tmp_path)
+    inside = {"large.self_attn.in_proj_weight", "large.linear2.weight", "attention.out_proj.weight"}
+    assert not inside & {matched.weights[w].name for w in tileable(module, matched, trace)}
+    for known in (tileable(module, matched, trace, unfused), tileable(module, matched, None)):
+        names = {matched.weights[w].name for w in known}
+        assert names >= inside and "large.self_attn.in_proj_bias" not in names and "attention.bias_k" not in names
+
+
+def test_only_the_layers_that_are_cut_go_step_by_step_in_a_trace(tmp_path: Path) -> None:
+    module, _, trace, unfused = attentive(tmp_path)
+    numbers = {name: number for number, (name, _) in enumerate(module.named_modules())}
+    assert unfuse_trace(trace, unfused, module, ()) is trace
+    both = unfuse_trace(trace, unfused, module, [numbers["small"], numbers["large"], numbers["attention"]])
+    assert (both.events, both.uses, both.peaks, both.alive) == (
+        unfused.events,
+        unfused.uses,
+        unfused.peaks,
+        unfused.alive,
+    )
+    one = unfuse_trace(trace, unfused, module, [numbers["large"]])
+    entered = {number for number, kind in one.events if kind == ENTER}
+    assert numbers["large.linear1"] in entered and numbers["small.linear1"] not in entered
+    assert set(one.execution_order()) == set(both.execution_order())
+
+
+def test_an_attention_in_tiles_has_a_step_for_each_and_keeps_its_other_weights(tmp_path: Path) -> None:
+    module, matched, trace, unfused = attentive(tmp_path)
+    tiling = plan_tiles(module, matched, tileable(module, matched, trace, unfused), 256 << 10)
+    assert tiling is not None
+    numbers = {name: number for number, (name, _) in enumerate(module.named_modules())}
+    assert set(tiling.unfused) == {numbers[n] for n in ("large", "large.self_attn", "attention")}
+    cut = {layer.name: layer for layer in tiling.layers}
+    assert all(start // 384 == (stop - 1) // 384 for start, stop in cut["attention.in_proj"].slices)
+    before = unfuse_trace(trace, unfused, module, tiling.unfused)
+    after = expand(before, tiling, module)
+    for tile in (t for layer in tiling.layers for t in layer.tiles):
+        steps = [i for i, used in enumerate(after.uses) if tile in used]
+        assert len(steps) == 1 and after.uses[steps[0]] == [tile] and after.events[steps[0]][1] == ENTER
+    wholes = {layer.whole for layer in tiling.layers}
+    used = {w for step in after.uses for w in step}
+    assert not wholes & used
+    assert {w for step in before.uses for w in step} - wholes == used - {t for x in tiling.layers for t in x.tiles}
+    assert sum(after.flops) == pytest.approx(sum(before.flops))
+    assert after.activation_bytes >= before.activation_bytes
+    assert len({len(x) for x in (after.events, after.uses, after.flops, after.peaks, after.alive)}) == 1
 
 
 def test_installing_leaves_the_tree_as_it_was_and_uninstalling_the_module(tmp_path: Path) -> None:

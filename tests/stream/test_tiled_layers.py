@@ -7,83 +7,18 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import narrowboat as nb
-from narrowboat.errors import BudgetError, NarrowboatError, TiledWeightError
+from narrowboat.errors import BudgetError, TiledWeightError
 from narrowboat.stream.prepare import prepare
-
-MIB = 1 << 20
-ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest element
-
-
-class Kit:
-    """Streams models at the smallest budget, and closes them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.opened: list[nn.Module] = []
-
-    def at_rest(self, plain: nn.Module, *, packed: bool = True) -> Path:
-        path = self.folder / f"{len(list(self.folder.iterdir()))}.safetensors"
-        state = plain.state_dict()
-        if packed:
-            nb.pack(state, path)
-        else:
-            save_file({key: value.clone() for key, value in state.items()}, path)
-        return path
-
-    def least(self, model: Any, path: Path, example: Any) -> int:
-        with pytest.raises(BudgetError) as refused:
-            nb.stream(model, path, budget=1, example=example)
-        return refused.value.minimum
-
-    def stream(self, model: Any, path: Path, example: Any, more: int = 0) -> Any:
-        made = nb.stream(model, path, budget=self.least(model, path, example) + more, example=example)
-        self.opened.append(made)
-        return made.eval()
-
-
-@pytest.fixture
-def kit(tmp_path: Path) -> Iterator[Kit]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = Kit(tmp_path)
-    yield made
-    torch.set_num_threads(threads)
-    for model in made.opened:
-        with suppress(NarrowboatError):
-            nb.session(model).close()
-
-
-def check(kit: Kit, factory: Callable[[], nn.Module], *inputs: Any, packed: bool = True, traced: bool = True) -> Any:
-    """Stream at the smallest budget and compare four passes with plain PyTorch; returns the model."""
-    torch.manual_seed(0)
-    plain = factory().eval()
-    with torch.inference_mode():
-        want = plain(*inputs)
-    model = kit.stream(factory, kit.at_rest(plain, packed=packed), inputs if traced else None)
-    with torch.inference_mode():
-        for _ in range(4):
-            got = model(*inputs)
-            assert got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
-            scale = want.abs().max().item() if want.numel() else 1.0
-            assert not want.numel() or (got - want).abs().max().item() <= ROUNDING[want.dtype] * scale
-    stats = nb.session(model).stats()
-    assert stats["tiled_layers"]
-    assert stats["window_bytes"] + stats["resident_bytes"] < stats["budget_bytes"]
-    if traced:
-        assert stats["off_trace_passes"] == stats["misses"] == stats["jumps"] == 0
-    return model
+from tiles_kit import MIB, ROUNDING, Kit, check, tiles_kit  # noqa: F401
 
 
 def linear(dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[], nn.Module]:

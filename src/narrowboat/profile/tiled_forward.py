@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,17 +50,33 @@ class Tile(nn.Module):
 
 def linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
     """``nn.Linear.forward`` over tiles."""
+    return _over_tiles(self, partial(linear_rows, input, self.out_features))
 
-    def fill(
-        weight: torch.Tensor, start: int, stop: int, bias: torch.Tensor | None, out: torch.Tensor | None
-    ) -> torch.Tensor:
-        part = F.linear(input, weight, bias)
-        if out is None:
-            out = part.new_empty((*part.shape[:-1], self.out_features))
-        out.narrow(-1, start, stop - start).copy_(part)
-        return out
 
-    return _over_tiles(self, fill)
+def linear_rows(
+    input: torch.Tensor,
+    rows: int,
+    weight: torch.Tensor,
+    start: int,
+    stop: int,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """The part of a linear layer's output that one tile makes, in its place.
+
+    Args:
+        input: shape ``(*, in_features)``.
+        rows: output features of the whole layer.
+        weight: rows ``start`` to ``stop`` of the layer's weight, and ``bias`` the same of its bias.
+        out: shape ``(*, rows)``, from the tile before; None for the first.
+    """
+    part = F.linear(input, weight, bias)
+    if stop - start == rows:
+        return part
+    if out is None:
+        out = part.new_empty((*part.shape[:-1], rows))
+    out.narrow(-1, start, stop - start).copy_(part)
+    return out
 
 
 def convolution_forward(self: Any, input: torch.Tensor) -> torch.Tensor:

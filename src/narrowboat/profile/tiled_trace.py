@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from narrowboat.profile.attention_trace import project
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.tiled_forward import CONVOLUTIONS
 from narrowboat.profile.tiles import TiledLayer, Tiling
@@ -92,44 +93,45 @@ def expand(trace: UseTrace, tiling: Tiling, module: nn.Module) -> UseTrace:
         module: the skeleton.
     """
     modules: list[Any] = [child for _, child in module.named_modules()]
-    layers = {layer.number: layer for layer in tiling.layers}
+    layers: dict[int, list[TiledLayer]] = {}
+    for layer in tiling.layers:
+        layers.setdefault(layer.user, []).append(layer)
     out = UseTrace(written=set(trace.written), output_bytes=trace.output_bytes, whole=set(trace.whole))
     taken = list(trace.taken)
-    starts, ends = [], []
+    starts, ends, made = [], [], []
     for step, event in enumerate(trace.events):
         starts.append(len(out.events))
-        _append(out, trace, step)
-        layer = layers.get(event[0]) if event[1] == ENTER else None
-        if layer is not None and layer.whole in trace.uses[step]:
-            if layer.table:
-                _look_up(out, trace, step, layer, tiling)
+        out.repeat(trace, step)
+        found = layers.get(event[0], ()) if event[1] == ENTER else ()
+        used = [layer for layer in found if layer.whole in trace.uses[step]]
+        made.append(trace.largest[step])
+        if used and used[0].table:
+            _look_up(out, trace, step, used[0], tiling)
+        elif used:
+            if type(modules[event[0]]) is nn.MultiheadAttention:
+                piece = project(out, trace, step, used, tiling)
+                # Query, key and value, or before and after the output projection.
+                beside = trace.peaks[step] + piece - (trace.alive[step] if trace.alive else 0)
+                made[-1] = min(3 * made[-1], max(beside, 0))
             else:
-                piece = _tile(out, trace, step, layer, tiling, modules[layer.number])
-                for at, least in enumerate(PIECES):
-                    taken[at] += int(trace.traffic[step]) if piece >= least else 0
+                piece = _tile(out, trace, step, used[0], tiling, modules[event[0]])
+            for at, least in enumerate(PIECES):
+                taken[at] += int(trace.traffic[step]) if piece >= least else 0
         ends.append(len(out.events) - 1)
     out.cache_bytes = trace.cache_bytes
     if trace.alive:  # between two tiles there is the output as well
-        bounds = zip(starts, ends, trace.alive, trace.largest, strict=False)
+        bounds = zip(starts, ends, trace.alive, made, strict=False)
         out.alive = [
-            nbytes + (made if last > first else 0)
-            for first, last, nbytes, made in bounds
+            nbytes + (more if last > first else 0)
+            for first, last, nbytes, more in bounds
             for _ in range(first, last + 1)
         ]
         out.alive += trace.alive[len(trace.events) :]
-    out.holds = [(w, starts[first], ends[last]) for w, first, last in trace.holds]
+    out.holds += [(w, starts[first], ends[last]) for w, first, last in trace.holds]
     before = trace.activation_bytes if trace.activation_bytes > max(trace.peaks, default=0) else 0
     out.activation_bytes = max([before, *out.peaks])
     out.taken = tuple(taken)
     return out
-
-
-def _append(out: UseTrace, trace: UseTrace, step: int) -> None:
-    """The step as it was."""
-    out.open_step(trace.events[step])
-    out.uses[-1] = list(trace.uses[step])
-    for name in ("flops", "traffic", "peaks", "largest", "looked_up", "rows"):
-        getattr(out, name)[-1] = getattr(trace, name)[step]
 
 
 def _tile(out: UseTrace, trace: UseTrace, step: int, layer: TiledLayer, tiling: Tiling, module: Any) -> int:

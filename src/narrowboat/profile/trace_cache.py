@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 8
+_FORMAT = 9
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from narrowboat.profile.attention import can_unfuse, unfuse
 from narrowboat.profile.rowwise import aten, takes_rows
 from narrowboat.profile.skeleton import tensor_names
 
@@ -88,6 +89,13 @@ class UseTrace:
         self.traffic.append(0.0)
         for counts in (self.peaks, self.largest, self.looked_up, self.rows):
             counts.append(0)
+
+    def repeat(self, trace: UseTrace, step: int) -> None:
+        """Begin a step that is like ``step`` of another trace."""
+        self.open_step(trace.events[step])
+        self.uses[-1] = list(trace.uses[step])
+        for name in ("flops", "traffic", "peaks", "largest", "looked_up", "rows"):
+            getattr(self, name)[-1] = getattr(trace, name)[step]
 
     def use(self, weight: int) -> None:
         """Note that the current step touches ``weight``."""
@@ -259,7 +267,12 @@ def _is_written(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> bool
 
 
 def trace_uses(
-    module: nn.Module, numbers_of: dict[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    numbers_of: dict[int, int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    unfused: bool = False,
 ) -> UseTrace:
     """Run ``module`` once with fake tensors and record what it uses.
 
@@ -267,6 +280,7 @@ def trace_uses(
         module: a skeleton with parameters on meta (or real ones; they are not read).
         numbers_of: ``id(tensor) -> weight number`` of the module's tensors (``skeleton.Matched.numbers``).
         args, kwargs: example inputs; their values are not read.
+        unfused: without the fused operators of PyTorch's attention and encoder layers (``profile.attention``).
 
     Raises:
         TraceError: the model cannot be run on fake tensors (data-dependent control flow, an operator without a
@@ -293,6 +307,9 @@ def trace_uses(
                 recorder.own(fake)
             double = copy.deepcopy(module, memo)
             numbers = {id(child): number for number, (_, child) in enumerate(double.named_modules())}
+            for child in double.modules() if unfused else ():
+                if can_unfuse(child):
+                    unfuse(child)
             _cut(double, numbers, recorder)
             real = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
             fakes = {id(t): mode.from_tensor(t) for t in real}

@@ -33,6 +33,7 @@ from narrowboat.profile.memory import activation_parts, fault_seconds, in_flight
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
 from narrowboat.profile.tiles import Tiling
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
+from narrowboat.profile.unfused_trace import trace_unfused
 from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
 from narrowboat.profile.warmup import warm_up_tracer
 from narrowboat.profile.workload import Group, form_groups
@@ -79,6 +80,7 @@ class Prepared:
         expert_floor: bytes set aside for experts before ordinary weights get theirs; they get what is left besides.
         least: the smallest budget with which any tiling of the model can be streamed, and what sets it; None until
             ``stream.tiling.fit`` has looked.
+        unfused: the same pass without PyTorch's fused attention, where tiles of such layers may be wanted.
         why_untraced: why ``trace`` is None.
         library_bytes: resident memory that what the factory imports, and the tracer, took: the process's, and not
             the model's.
@@ -92,6 +94,7 @@ class Prepared:
     owned: dict[int, list[int]]
     storage: StorageChoice
     step_seconds: tuple[float, ...] = ()
+    unfused: UseTrace | None = None
     why_untraced: str = ""
     library_bytes: int = 0
     policy: MallocPolicy = MallocPolicy.DEFAULT
@@ -394,6 +397,7 @@ def prepare(
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
     trace: UseTrace | None = None
+    unfused: UseTrace | None = None
     measured: MeasuredProfile | None = None
     why = NO_EXAMPLE
     if example is not None:
@@ -412,6 +416,7 @@ def prepare(
                 if any(phrase in why for phrase in _MISFIT):
                     raise ModelError(f"the example inputs do not fit {type(module).__name__}: {why}") from error
         if trace is not None:
+            unfused = trace_unfused(module, matched.numbers, example, trace, key)
             identity = identity_of(key, index.digest)
             measured = load_profile(identity) or MeasuredProfile(identity, "", [])
             if len(measured.step_seconds) != len(trace.uses):
@@ -432,6 +437,7 @@ def prepare(
         _owned(module, matched.numbers),
         storage,
         step_seconds=_step_seconds(trace, measured if known else None),
+        unfused=unfused,
         why_untraced="" if trace is not None else why,
         library_bytes=libraries,
         measured_under=MallocPolicy(measured.policy) if measured is not None and known else None,

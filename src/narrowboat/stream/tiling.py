@@ -17,6 +17,7 @@ from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.skeleton import Matched
 from narrowboat.profile.tiled_trace import expand, plan_strips
 from narrowboat.profile.tiles import SMALLEST, Owner, Tiling, plan_tiles, tileable
+from narrowboat.profile.unfused_trace import unfuse_trace
 from narrowboat.stream.prepare import Prepared
 
 _ANY = 1 << 62  # a budget that holds anything
@@ -61,7 +62,7 @@ def fit(prepared: Prepared, budget: int, *, whole_stacks: bool = False) -> Prepa
     measured = prepared.measured
     prepared.least = measured.least if measured is not None else None
     if prepared.least is None:
-        candidates = tileable(apart.module, apart.matched, apart.trace)
+        candidates = tileable(apart.module, apart.matched, apart.trace, apart.unfused)
         _least(apart, _ladder(apart, candidates, _strip_levels(apart)[-1]))
         prepared.least = apart.least
         if measured is not None:
@@ -75,7 +76,7 @@ def _fit(prepared: Prepared, budget: int) -> Prepared:
     if budget >= whole[0] and known is not None:
         prepared.least = known
         return _by_rows(prepared, budget)
-    candidates = tileable(prepared.module, prepared.matched, prepared.trace)
+    candidates = tileable(prepared.module, prepared.matched, prepared.trace, prepared.unfused)
     levels = _strip_levels(prepared)
     # The most strips hold the fewest activations; that is where the smallest budget is.
     smallest = _ladder(prepared, candidates, levels[-1])
@@ -111,7 +112,7 @@ def _by_rows(prepared: Prepared, budget: int) -> Prepared:
     tables = {
         w: owners
         for w, owners in found.items()
-        if all(isinstance(child, nn.Embedding) for _, _, child in owners)
+        if all(isinstance(owner.module, nn.Embedding) for owner in owners)
         and prepared.weights[w].entry.nbytes >= _WORTH_ROWS
     }
     tiling = plan_tiles(prepared.module, prepared.matched, tables, SMALLEST) if tables else None
@@ -140,7 +141,10 @@ def on_demand(prepared: Prepared) -> Prepared | None:
     experts = find_experts(prepared.module, prepared.matched, prepared.trace)
     if experts is None:
         return None
-    trace = without_experts(prepared.trace, experts, prepared.weights) if prepared.trace is not None else None
+    trace, unfused = (
+        without_experts(seen, experts, prepared.weights) if seen is not None else None
+        for seen in (prepared.trace, prepared.unfused)
+    )
     known = prepared.measured_under is not None
     owned = {number: [w for w in held if w not in experts.weights] for number, held in prepared.owned.items()}
     parts = dict(prepared.fixed_parts)
@@ -149,6 +153,7 @@ def on_demand(prepared: Prepared) -> Prepared | None:
         prepared,
         matched=Matched(by_expert(prepared.weights, experts), dict(prepared.matched.numbers)),
         trace=trace,
+        unfused=unfused,
         fixed_parts=parts,
         owned={number: held for number, held in owned.items() if held},
         step_seconds=prepared.step_seconds if known or trace is None else estimate_steps(trace),
@@ -217,7 +222,10 @@ def _cut(prepared: Prepared, candidates: dict[int, list[Owner]], rung: _Rung) ->
 
 
 def _tiled(prepared: Prepared, tiling: Tiling) -> Prepared:
-    trace = expand(prepared.trace, tiling, prepared.module) if prepared.trace is not None else None
+    trace = prepared.trace
+    if trace is not None:
+        trace = unfuse_trace(trace, prepared.unfused, prepared.module, tiling.unfused)
+        trace = expand(trace, tiling, prepared.module)
     parts, storage = dict(prepared.fixed_parts), prepared.storage
     tiles = [tiling.weights[t].entry for t in range(len(prepared.weights), len(tiling.weights))]
     parts["bookkeeping"] += len(tiles) * _PER_TILE

@@ -108,13 +108,27 @@ def test_rows_of_another_workload_are_left_out() -> None:
     workload = network()
     rows = PlanTable([TableRow("default", plan) for plan in plans(workload)]).to_json()
     fewer = replace(workload, blocks=workload.blocks[:-1])
-    grown = replace(workload, fixed_bytes=1 << 40)
     least = minimum_budget(workload)
     assert not PlanTable.from_json(rows, {"default": fewer}, MACHINE, least).rows
-    assert not PlanTable.from_json(rows, {"default": grown}, MACHINE, least).rows
     assert not PlanTable.from_json(rows, {"strict": workload}, MACHINE, least).rows
     with pytest.raises(KeyError):
         PlanTable.from_json([{"policy": "default"}], {"default": workload}, MACHINE, least)
+
+
+def test_a_row_counts_from_the_budget_it_needs_now() -> None:
+    workload = network()
+    rows = PlanTable([TableRow("default", plan) for plan in plans(workload)]).to_json()
+    more = 3 * PAGE
+    grown = replace(workload, fixed_bytes=more, fixed_parts=(("activations", more),))
+    least = minimum_budget(workload)
+    then = PlanTable.from_json(rows, {"default": workload}, MACHINE, least)
+    now = PlanTable.from_json(rows, {"default": grown}, MACHINE, minimum_budget(grown))
+    assert now.best(then.rows[0].plan.budget) is None
+    for row in then.rows:
+        again = now.best(row.plan.budget + more)
+        assert again is not None
+        assert again.plan.resident == row.plan.resident
+        assert again.plan.arena_bytes + more <= again.plan.budget
 
 
 def test_advice_names_what_gains_most_first() -> None:

@@ -411,12 +411,15 @@ def test_a_kept_view_of_a_weight_stays_what_it_was(stream: Any) -> None:
             assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-def test_autocast(stream: Any) -> None:
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_autocast(stream: Any, mode: Any) -> None:
+    """Under ``no_grad`` it would cache casts of the weights, with weak references to them."""
     plain, streamed = stream(_factory(lambda: Tied(False)), {"ids": torch.arange(14).view(2, 7)})
     ids = torch.arange(14).view(2, 7)
     for _ in range(3):
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             expected, got = plain(ids), streamed(ids)
+            assert torch.is_autocast_cache_enabled()
         assert got.dtype == expected.dtype == torch.bfloat16
         assert torch.equal(got, expected)
 

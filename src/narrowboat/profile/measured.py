@@ -20,7 +20,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.cpu import cpu_supply
 from narrowboat.machine.malloc import MallocPolicy
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass

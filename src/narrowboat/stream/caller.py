@@ -1,4 +1,4 @@
-"""What of PyTorch's state belongs to a thread, carried from the caller's to the one that runs a pass for it."""
+"""What of PyTorch's state belongs to a thread: carried to the one that runs a pass, or set aside during one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+class CastCache:
+    """Autocast's cache of cast weights, which a pass does without.
+
+    It would keep copies of every weight beside the budget, and weak references that forbid exchanging what is inside
+    a parameter.
+    """
+
+    def __init__(self) -> None:
+        self._was_on = True
+
+    def turn_off(self) -> None:
+        """A pass begins in this thread."""
+        self._was_on = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+
+    def restore(self) -> None:
+        """It has ended."""
+        torch.set_autocast_cache_enabled(self._was_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +71,13 @@ class CallerState:
     def _in_force(self) -> Iterator[None]:
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
+        torch.set_autocast_cache_enabled(False)  # the thread has no other work
         with ExitStack() as stack:
             if self.inference:
                 stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.set_grad_enabled(self.grad))
             if self.autocast is not None:
-                # The cache of cast weights is the process's, and is emptied when any thread leaves autocast.
-                stack.enter_context(torch.autocast("cpu", self.autocast, cache_enabled=False))
+                stack.enter_context(torch.autocast("cpu", self.autocast))
             yield
 
 

@@ -29,6 +29,7 @@ from narrowboat.plan.result import Plan
 from narrowboat.profile.tiles import whole_asked_for
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
 from narrowboat.stream.blocks import BlockState, State
+from narrowboat.stream.caller import CastCache
 from narrowboat.stream.lane import ComputeLane
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prefetch import Hold, Prefetcher
@@ -107,7 +108,7 @@ class Engine:
         self._holds: list[Hold] = []
         self._has_residents = False
         self._resumed = 0.0
-        self._lane = ComputeLane(timeline)
+        self._lane, self._casts = ComputeLane(timeline), CastCache()
         for weight in self.weights:
             weight.owner = self
 
@@ -159,10 +160,8 @@ class Engine:
             self._swapper.evict(block)
             forget_views(block)
             block.meets.clear()  # cycles would wait for the garbage collector, megabytes of them
-        self.blocks = []
-        self._block_of = {}
-        self._holds = []
-        self._uses_of_module = {}
+        self.blocks, self._holds = [], []
+        self._block_of, self._uses_of_module = {}, {}
         self._prefetcher.arrange([])
         return kept
 
@@ -222,6 +221,7 @@ class Engine:
         )
         self._resumed = now
         self._lane.begin(now)
+        self._casts.turn_off()
 
     def mend(self) -> None:
         """After an interruption: nothing the engine had noted is trusted."""
@@ -233,8 +233,7 @@ class Engine:
         """Forget every block, and make every weight a stand-in."""
         self._reader.drain()
         self._pinned.clear()
-        self.blocks = []
-        self._block_of = {}
+        self.blocks, self._block_of = [], {}
         for weight in self.weights:
             for slot in weight.slots:
                 slot.reset()
@@ -242,6 +241,7 @@ class Engine:
 
     def end(self) -> None:
         """The pass or sweep has ended."""
+        self._casts.restore()
         self.running = False
         now = time.perf_counter()
         self._lane.add("", now)

@@ -100,6 +100,8 @@ def live(emit: Emit, files: Material, lowest: int, highest: int, passes: int, co
         reference = digest_of(model(*inputs))
         for _ in range(4):
             model(*inputs)
+        # The session cannot go below what its layers, as they are cut now, need.
+        lowest = max(lowest, int(session.prepared.check(1 << 62)[0] * 1.2))
         plan = changes(lowest, highest, passes, count)
         steady: dict[int, float] = {}
         switches, wrong, worst_over, worst_first_over = [], 0, 0, 0
@@ -123,6 +125,7 @@ def live(emit: Emit, files: Material, lowest: int, highest: int, passes: int, co
         bandwidth = session.machine.bandwidth
     emit(
         "live",
+        lowest=lowest,
         passes=passes,
         changes=len(switches),
         wrong=wrong,

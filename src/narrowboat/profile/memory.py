@@ -17,8 +17,8 @@ from narrowboat.profile.use_trace import UseTrace
 _RESERVE = {
     MallocPolicy.DEFAULT: (1.7, 24 << 20),
     MallocPolicy.BALANCED: (1.3, 12 << 20),
-    MallocPolicy.LEAN: (1.1, 5 << 20),
-    MallocPolicy.STRICT: (1.06, 3 << 20),
+    MallocPolicy.LEAN: (1.2, 6 << 20),
+    MallocPolicy.STRICT: (1.08, 3 << 20),
 }
 # Which of ``use_trace.PIECES`` is the least that a policy gives back.
 _PIECE_OF = {MallocPolicy.BALANCED: 2, MallocPolicy.LEAN: 1, MallocPolicy.STRICT: 0}

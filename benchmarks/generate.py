@@ -45,6 +45,7 @@ from generate_kit.folders import DECODERS, folders
 from generate_kit.mapping import MapRun, run_map
 from generate_kit.report import print_tables, write_markdown
 from generate_kit.subjects import SUBJECTS
+from inference_kit.arguments import make_folders, names, with_resident_first
 from inference_kit.campaign import Campaign, Limits, measure_limits
 from inference_kit.derive import derive
 from inference_kit.effort import effort
@@ -75,15 +76,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for the results")
     parser.add_argument("--again", type=Path, help="derive the results anew from a generate.json, measuring nothing")
     arguments = parser.parse_args()
-    arguments.parts = arguments.parts.split(",")
-    for name in arguments.parts:
-        if name not in PARTS:
-            parser.error(f"no part {name!r}: there are {', '.join(PARTS)}")
-    asked = arguments.subjects.split(",")
-    for name in asked:
-        if name not in SUBJECTS:
-            parser.error(f"no subject {name!r}: there are {', '.join(SUBJECTS)}")
-    arguments.subjects = ["resident", *(s for s in SUBJECTS if s in asked and s != "resident")]
+    arguments.parts = names(parser, arguments.parts, PARTS, "part")
+    arguments.subjects = with_resident_first(names(parser, arguments.subjects, SUBJECTS, "subject"), SUBJECTS)
     if any(n is not None and n < 2 for n in (arguments.tokens,)) or (arguments.rounds or 1) < 1:
         parser.error("--rounds must be at least 1, --tokens at least 2")
     if not arguments.divisor >= 0.1:
@@ -117,12 +111,11 @@ def main() -> int:
     """Run the benchmark; 0 if it ran, whatever it showed."""
     arguments = _arguments()
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 170)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folders(arguments)
     if arguments.again is not None:
         _write(arguments.out, json.loads(arguments.again.read_text(encoding="utf-8")), console)
         return 0
     began = time.perf_counter()
-    arguments.work.mkdir(parents=True, exist_ok=True)
     airllm = add_site(arguments.airllm)
     if not airllm and "airllm" in arguments.subjects and "decoder" in arguments.parts:
         console.print("[yellow]AirLLM is not installed: see --airllm[/]")

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from torch._subclasses import fake_tensor  # noqa: F401 - imported once here instead of in every child
 
+from inference_kit.arguments import make_folders, names, with_resident_first
 from inference_kit.campaign import Campaign, measure_limits
 from inference_kit.checks import check
 from inference_kit.derive import derive
@@ -58,10 +59,9 @@ def _arguments() -> argparse.Namespace:
         help="also plain resnet101 under PyTorch's default OpenMP policy, alone and beside a busy process",
     )
     arguments = parser.parse_args()
-    arguments.models = _names(parser, arguments.models, EFFORTS, "model")
-    arguments.subjects = _names(parser, arguments.subjects, SUBJECTS, "subject")
-    # The reference of every ratio and of exactness, and the one for whom budgets are chosen, come first.
-    arguments.subjects = ["resident", *(s for s in SUBJECTS if s in arguments.subjects and s != "resident")]
+    arguments.models = names(parser, arguments.models, EFFORTS, "model")
+    arguments.subjects = names(parser, arguments.subjects, SUBJECTS, "subject")
+    arguments.subjects = with_resident_first(arguments.subjects, SUBJECTS)
     try:
         arguments.budgets = [float(text) for text in arguments.budgets.split(",")]
     except ValueError:
@@ -71,14 +71,6 @@ def _arguments() -> argparse.Namespace:
     if any(n is not None and n < 1 for n in (arguments.rounds, arguments.passes)):
         parser.error("--rounds and --passes must be at least 1")
     return arguments
-
-
-def _names(parser: argparse.ArgumentParser, text: str, known: dict[str, Any], what: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
-    for name in names:
-        if name not in known:
-            parser.error(f"no {what} {name!r}: there are {', '.join(known)}")
-    return names
 
 
 def _import_for_children(models: list[str], subjects: list[str]) -> None:
@@ -99,10 +91,7 @@ def main() -> int:
     arguments = _arguments()
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     began = time.perf_counter()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    # A cache of its own: what other runs have kept is neither used nor lost.
-    os.environ["NARROWBOAT_CACHE"] = str((arguments.work / "cache").resolve())
+    make_folders(arguments)
     _import_for_children(arguments.models, arguments.subjects)
     if arguments.again is not None:
         record = json.loads(arguments.again.read_text(encoding="utf-8"))

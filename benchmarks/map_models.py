@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowboat.zoo.llama import decoder
+
 
 class Mlp:
     """Twelve linear layers of 4,096 by 4,096 in float32, one row at a time: 768 MiB of weights, each used once."""
@@ -37,19 +39,7 @@ class FloatDecoder:
 
     def __call__(self) -> nn.Module:
         """The module."""
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        config = LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=2048,
-            intermediate_size=5632,
-            num_hidden_layers=5,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return decoder(torch.float32, num_hidden_layers=5, use_cache=False)
 
     def example_inputs(self) -> tuple[torch.Tensor, ...]:
         """One token."""

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from torch._subclasses import fake_tensor  # noqa: F401 - imported once here instead of in every child
 
+from inference_kit.arguments import make_folders, names
 from inference_kit.campaign import Limits
 from inference_kit.report import machine_facts
 from narrowboat.errors import NarrowboatError
@@ -52,12 +53,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder for the results")
     parser.add_argument("--again", type=Path, help="derive the results anew from a plan.json, measuring nothing")
     arguments = parser.parse_args()
-    for name, known in (("models", tuple(MODELS)), ("parts", _PARTS)):
-        chosen = [word for word in getattr(arguments, name).split(",") if word]
-        for word in chosen:
-            if word not in known:
-                parser.error(f"--{name}: no {word!r}: there are {', '.join(known)}")
-        setattr(arguments, name, chosen)
+    arguments.models = names(parser, arguments.models, MODELS, "model")
+    arguments.parts = names(parser, arguments.parts, _PARTS, "part")
     return arguments
 
 
@@ -66,10 +63,7 @@ def main() -> int:
     arguments = _arguments()
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     began = time.perf_counter()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    # A cache of its own: what other runs have kept is neither used nor lost.
-    os.environ["NARROWBOAT_CACHE"] = str((arguments.work / "cache").resolve())
+    make_folders(arguments)
     for name in (*arguments.models, _LIVE):
         with torch.device("meta"):
             ZOO[name]()

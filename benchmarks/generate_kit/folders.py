@@ -21,6 +21,7 @@ from narrowboat.machine.pagecache import drop_cached
 from narrowboat.profile.order import execution_order
 from narrowboat.zoo import MODELS
 from narrowboat.zoo.folder import FolderModel
+from narrowboat.zoo.llama import decoder
 from narrowboat.zoo.save import random_tensor
 
 SHARD = "500MB"
@@ -28,19 +29,8 @@ SHARD = "500MB"
 
 def tiny_llama() -> nn.Module:
     """A decoder of some 60 MB for ``--quick``."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=4000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+    return decoder(vocab_size=4000, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256, **shape)
 
 
 DECODERS: dict[str, Callable[[], nn.Module]] = {"llama_1b": MODELS["llama_1b"], "tiny_llama": tiny_llama}

@@ -40,6 +40,12 @@ def test_what_was_kept_is_found_again_by_its_identity() -> None:
     assert load_profile(identity_of("m", "other")) is None
 
 
+def test_a_profile_that_cannot_be_kept_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("NARROWBOAT_CACHE", str(tmp_path / "file"))
+    assert "Not a directory" in save_profile(profile()) or "File exists" in save_profile(profile())
+
+
 def test_another_number_of_threads_is_another_profile() -> None:
     save_profile(profile())
     threads = torch.get_num_threads()

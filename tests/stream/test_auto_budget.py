@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,19 @@ def test_an_explicit_budget_ends_the_following(deep: Any) -> None:
     assert not session.following
     assert deep.right(model, 2)
     assert session.budget == deep.minimum
+
+
+def test_a_session_can_begin_to_follow_the_machine(deep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.stream.auto.INTERVAL", 0.01)
+    monkeypatch.setattr("narrowboat.stream.auto._LOOKS", 2)
+    session = nb.session(deep.stream(budget=deep.minimum))
+    for _ in range(2):  # a second time changes nothing
+        session.budget = "auto"
+    deadline = time.monotonic() + 20
+    while session.budget == deep.minimum and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert session.budget > deep.minimum
+    session.budget = deep.minimum
+    time.sleep(0.1)
+    assert session.budget == deep.minimum
+    assert [t.name for t in threading.enumerate()].count("narrowboat-auto-budget") == 0

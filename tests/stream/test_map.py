@@ -332,10 +332,17 @@ def test_afterwards_the_plan_is_that_of_single_passes(deep: Any, many: Any) -> N
 
 
 def test_a_group_that_the_budget_cannot_hold_is_refused_with_the_smallest_that_can(deep: Any) -> None:
-    session = nb.session(deep.stream())
-    with pytest.raises(BudgetError, match="in flight") as refused:
+    with pytest.raises(BudgetError, match="cannot hold 64 inputs at once: they can only go one by one"):
+        nb.session(deep.stream()).map([deep.x], 64)
+    session = nb.session(deep.stream(budget=deep.minimum + MIB // 8))
+    with pytest.raises(BudgetError, match="cannot hold 64 inputs at once: batch=") as refused:
         session.map([deep.x], 64)
     assert refused.value.minimum > session.budget
+    best = int(str(refused.value).split("batch=")[1].split()[0])
+    assert 1 < best < 64
+    session.map([deep.x], best)
+    with pytest.raises(BudgetError):
+        session.map([deep.x], best + 1)
 
 
 # -- order, laziness, arguments -----------------------------------------------------------------------------------

@@ -76,6 +76,19 @@ def test_an_encoder_decoder_generates(folder: Path) -> None:
         assert torch.equal(model.generate(IDS, max_new_tokens=9, num_beams=2), want)
 
 
+def test_what_cross_attention_keeps_counts_for_every_beam(folder: Path) -> None:
+    plain = t5(folder)
+    model = nb.stream_pretrained(folder, budget=smallest(folder, 32), max_tokens=32)
+    with nb.session(model) as session:
+        with pytest.raises(ReservationError, match="40 tokens, and 32 are reserved"):
+            model.generate(torch.ones(1, 40, dtype=torch.long), max_new_tokens=2)
+        assert session.stats()["passes"] == 0
+        with pytest.raises(ReservationError, match="60 tokens, and 32 are reserved"):
+            model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=2, num_beams=3)
+        want = plain.generate(IDS, max_new_tokens=5)
+        assert torch.equal(model.generate(IDS, max_new_tokens=5), want)
+
+
 def test_the_cache_has_its_line_in_the_plan(folder: Path) -> None:
     llama(folder)
     model = nb.stream_pretrained(folder, budget="40MiB", max_tokens=100)
@@ -117,6 +130,7 @@ def test_tokens_are_counted_over_all_sequences() -> None:
     assert tokens_needed({"input_ids": ids}) == 21
     assert tokens_needed({"inputs_embeds": torch.ones(2, 5, 8)}) == 10
     assert tokens_needed({"input_ids": ids, "decoder_input_ids": torch.ones(3, 9)}) == 27
+    assert tokens_needed({"encoder_outputs": (torch.ones(4, 9, 8),), "decoder_input_ids": torch.ones(4, 2)}) == 36
     assert tokens_needed({}) == 0
 
 

@@ -134,6 +134,19 @@ def test_under_autocast_and_under_no_grad(kit: Kit) -> None:
             torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-2)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_layer_under_autocast_gives_the_dtype_of_the_fast_path(kit: Kit, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    factory = encoder_layer(norm_first=norm_first)
+    plain, x = factory(), torch.randn(2, 6, WIDTH)
+    model = kit.stream(factory, kit.at_rest(plain), (x,))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            want, got = plain(x), model(x)
+        assert got.dtype == want.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=6e-2)
+
+
 def encoder_layer(**options: Any) -> Factory:
     settings = {"dim_feedforward": 1500, "batch_first": True} | options
     return evaluated(lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, **settings))

@@ -44,6 +44,8 @@ def plan(
     Exit code 1 if the budget cannot hold the model; the message (with --json the document) has the smallest that can.
     """
     target = None if target_latency is None else parse_seconds(target_latency, what="target latency")
+    if target == 0:
+        raise UsageError("the target latency must be more than zero")
     if target is not None and budget is not None:
         raise UsageError("give --budget or --target-latency, not both")
     if measure and curve is None:

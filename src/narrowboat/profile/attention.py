@@ -103,7 +103,19 @@ def encoder_layer_forward(
         dense, lengths, padding = _padded(src)
         return _nested(encoder_layer_forward(self, dense, None, padding), lengths)
     with _Unfused():
-        return nn.TransformerEncoderLayer.forward(self, src, src_mask, src_key_padding_mask, is_causal)
+        out = nn.TransformerEncoderLayer.forward(self, src, src_mask, src_key_padding_mask, is_causal)
+    if torch.is_autocast_enabled("cpu") and _layer_would_fuse(self, src):
+        out = out.to(torch.get_autocast_dtype("cpu"))  # the fused operator casts everything; the norms do not
+    return out
+
+
+def _layer_would_fuse(self: nn.TransformerEncoderLayer, src: torch.Tensor) -> bool:
+    """Whether an encoder layer takes the fused operator where nobody keeps it from that."""
+    attention = self.self_attn
+    plain = attention.in_proj_bias is not None and attention.in_proj_weight is not None
+    suits = plain and attention.batch_first and attention.num_heads % 2 == 0 and not self.training
+    alike = self.norm1.eps == self.norm2.eps and bool(self.activation_relu_or_gelu)
+    return suits and alike and src.dim() == 3 and torch.backends.mha.get_fastpath_enabled()
 
 
 class _Unfused(TorchFunctionMode):

@@ -78,12 +78,17 @@ def load_profile(identity: dict[str, str]) -> MeasuredProfile | None:
         return None
 
 
-def save_profile(profile: MeasuredProfile) -> None:
-    """Keep ``profile``; where the cache folder cannot be written, it is measured anew each time."""
+def save_profile(profile: MeasuredProfile) -> str:
+    """Keep ``profile``; where the cache folder cannot be written, it is measured anew each time.
+
+    Returns:
+        Why it was not kept; empty if it was.
+    """
     try:
         write_profile(profile, _path(profile.identity))
-    except OSError:
-        return
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def write_profile(profile: MeasuredProfile, path: Path) -> None:
@@ -121,8 +126,12 @@ def read_profile(path: Path, identity: dict[str, str]) -> MeasuredProfile:
             raise ValueError("values out of range")
     except OSError as error:
         raise ProfileError(f"profile {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except KeyError as error:
+        raise ProfileError(f"{path} is not a profile that this version can read: it has no {error}") from error
+    except ValueError as error:
         raise ProfileError(f"{path} is not a profile that this version can read: {error}") from error
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ProfileError(f"{path} is not a profile that this version can read: its form is another") from error
     other = [name for name, value in identity.items() if found.identity.get(name) != value]
     if other:
         raise ProfileError(

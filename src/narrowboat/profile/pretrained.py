@@ -7,6 +7,7 @@ weights is not needed: the module is built without storage for them, and they st
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -109,12 +110,16 @@ def check_folder(path: Path) -> None:
     """Refuse what is no model folder.
 
     Raises:
-        ModelError: no folder, or no ``config.json`` in it.
+        ModelError: no folder, or no ``config.json`` in it that is JSON.
     """
     if not path.is_dir():
         raise ModelError(f"{path} is no folder: give a local Hugging Face folder (nothing is downloaded)")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is no Hugging Face model folder")
+    try:
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> Any:

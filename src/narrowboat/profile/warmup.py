@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,21 @@ def warm_up() -> None:
         # Large enough for every thread to take its packing buffer.
         F.conv2d(torch.zeros(1, 64, 56, 56), torch.zeros(64, 64, 3, 3), padding=1)
         compute_rates(torch.get_num_threads())
+
+
+@cache
+def warm_up_stand_ins() -> None:
+    """What PyTorch loads when an operator first meets a tensor with a dispatcher of its own, once per process.
+
+    Its distributed tensors, 41 MiB. The tracer brings them in as well; where a trace is known they may not be needed.
+    """
+
+    class Met(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, *asked: Any) -> Any:
+            return torch.empty(0)
+
+    torch.neg(torch.Tensor._make_wrapper_subclass(Met, (1,)))
 
 
 @cache

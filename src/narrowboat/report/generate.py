@@ -16,6 +16,8 @@ from narrowboat.profile.pretrained import check_folder
 from narrowboat.stream.api import session
 from narrowboat.stream.pretrained import stream_pretrained
 
+_TOLD = 300  # characters of somebody else's message
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateReport:
@@ -162,5 +164,5 @@ def _tokenizer(folder: str | Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path} has no tokenizer that can be used: {first}") from error
+        told = " ".join(str(error).split())[:_TOLD] or type(error).__name__
+        raise ModelError(f"{path} has no tokenizer that can be used: {told}") from error

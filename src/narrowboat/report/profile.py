@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import threading
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from narrowboat.stream.reader import PAGE, Extent, Reader, WeightsFile
 from narrowboat.stream.session import Session
 from narrowboat.trace import Trace
 
+log = logging.getLogger("narrowboat")
 _SETTLING = 3  # passes before what they take is believed
 _PIECE = 4 << 20  # bytes of one read of the storage measurement
 _SHARE = 0.8  # of the available memory
@@ -100,7 +102,9 @@ def measure_profile(
         if table:
             typical = statistics.median(measured.bandwidths) if measured.bandwidths else handle.machine.bandwidth
             measured.table = pareto(prepared, prepared.machine(typical)).to_json()
-        save_profile(measured)
+        refusal = save_profile(measured)
+        if refusal:
+            log.warning("the profile is not kept, and later sessions will not find it: %s", refusal)
     return measured
 
 

@@ -98,8 +98,7 @@ def memory_pressure(root: Path = ROOT) -> float:
 
 def follow_limits(session: Session, ceiling: int) -> None:
     """Look at the limits four times a second for as long as the session lives, from a thread of its own."""
-    session.following = True
-    stop = threading.Event()
+    stop = session.following = threading.Event()
     weakref.finalize(session, stop.set)
     arguments = (weakref.ref(session), Hysteresis(session.prepared.check(ceiling)[0], ceiling), stop)
     threading.Thread(target=_watch, args=arguments, name="narrowboat-auto-budget", daemon=True).start()
@@ -108,7 +107,7 @@ def follow_limits(session: Session, ceiling: int) -> None:
 def _watch(reference: weakref.ref[Session], hysteresis: Hysteresis, stop: threading.Event) -> None:
     while not stop.wait(INTERVAL):
         session = reference()
-        if session is None or session.closed or not session.following:
+        if session is None or session.closed or session.following is not stop:
             return
         try:
             limits = memory_limits()

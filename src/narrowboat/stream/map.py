@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.plan.group import choose_group
 from narrowboat.plan.result import Plan
 from narrowboat.profile.workload import Group
+from narrowboat.quantities import format_bytes
 from narrowboat.stream.caller import CallerState, has_modes
 from narrowboat.stream.lockstep import Crew, SweepEnded
 from narrowboat.stream.passes import PassRecord
@@ -101,10 +103,32 @@ class Maps:
         if session.closed:
             raise SessionClosedError(session.engine.closed)
         if batch is not None and session.plan.streamed and session.prepared.experts is None:
-            session.prepared.decide(session.machine, session.budget, batch)  # refused before anything runs
+            self._refuse_too_many(batch)
         total = len(inputs) if isinstance(inputs, Sized) else None
         outputs = self._deliver(iter(inputs), batch, errors)
         return counted(outputs, total) if progress else outputs
+
+    def _refuse_too_many(self, batch: int) -> None:
+        """Before anything runs: a batch for which the budget has no room, with the largest one that would do."""
+        session = self._session
+        try:
+            session.prepared.decide(session.machine, session.budget, batch)
+        except BudgetError as error:
+            fits = bisect_left(range(1, batch), True, key=lambda size: not self._fits(size))
+            raise BudgetError(
+                f"the budget of {format_bytes(session.budget)} cannot hold {batch} inputs at once: "
+                + (f"batch={fits} would do, or " if fits > 1 else "they can only go one by one, with batch=1; or ")
+                + f"a budget of {format_bytes(error.minimum)}",
+                minimum=error.minimum,
+                limiter=error.limiter,
+            ) from None
+
+    def _fits(self, size: int) -> bool:
+        try:
+            self._session.prepared.decide(self._session.machine, self._session.budget, size)
+        except BudgetError:
+            return False
+        return True
 
     def dismiss(self) -> None:
         """The session is closed: end the threads of every map."""
@@ -351,7 +375,7 @@ class Maps:
         if over:
             session.prepared.in_flight_correction += -(-over // max(record.inputs - 1, 1))
             self._asked = 0  # decide anew
-            log.warning("a sweep took %d bytes more than the budget; the next ones leave more room", over)
+            log.warning("a sweep took %s more than the budget; the next ones leave more room", format_bytes(over))
 
 
 def _surely(task: Callable[[], None]) -> None:

@@ -54,8 +54,11 @@ def stream_pretrained(
     if example is None:
         example = example_inputs(opened, tokens)
     model = stream(opened.model, opened.index, budget=budget, example=example, strict=False, **options)
-    if "input_ids" in inspect.signature(type(model).forward).parameters:
-        _guard(model, tokens)
+    whole: Any = model
+    encoder = whole.get_encoder() if getattr(opened.config, "is_encoder_decoder", False) else None
+    for part in (model, encoder):  # generate() calls the encoder by itself
+        if part is not None and "input_ids" in inspect.signature(type(part).forward).parameters:
+            _guard(part, tokens)
     return model
 
 
@@ -99,8 +102,11 @@ def _guard(model: nn.Module, tokens: int) -> None:
 
 
 def tokens_needed(given: Mapping[str, Any]) -> int:
-    """Tokens that the cache holds after a call with these arguments, over all its sequences."""
-    needed = 0
+    """Tokens that the cache holds after a call with these arguments, over all its sequences.
+
+    An encoder's tokens count apart from the decoder's: as many of each are reserved.
+    """
+    needed = _encoded_tokens(given.get("encoder_outputs"))
     for ids_name, embeds_name in (("input_ids", "inputs_embeds"), ("decoder_input_ids", "decoder_inputs_embeds")):
         ids = given.get(ids_name)
         tensor = ids if ids is not None else given.get(embeds_name)
@@ -110,6 +116,15 @@ def tokens_needed(given: Mapping[str, Any]) -> int:
             past = _past_tokens(given.get("past_key_values")) if grows else 0
             needed = max(needed, rows * max(length + past, _static_tokens(given.get("past_key_values"))))
     return needed
+
+
+def _encoded_tokens(outputs: Any) -> int:
+    """Tokens for which cross-attention keeps keys and values: every sequence, and every beam, has its own."""
+    try:
+        last = outputs[0]
+    except (TypeError, IndexError, KeyError):
+        return 0
+    return last.shape[0] * last.shape[1] if isinstance(last, torch.Tensor) and last.ndim == 3 else 0
 
 
 def _past_tokens(cache: Any) -> int:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import torch
-
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.errors import (
     BudgetError,
-    GradientError,
     NarrowboatError,
     SessionClosedError,
     StreamedModelError,
@@ -31,6 +29,7 @@ from narrowboat.profile.tiles import install, uninstall
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes, parse_bytes
+from narrowboat.stream.auto import follow_limits
 from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_blocks
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
@@ -42,6 +41,7 @@ from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.refuse import refuse_training
 from narrowboat.stream.reuse import reusable
 from narrowboat.stream.rows import RowReader
 from narrowboat.stream.settle import learn, settle
@@ -105,7 +105,7 @@ class Session:
         self._change = BudgetChange(self)
         self.settled = False
         self.maps = Maps(self)
-        self.following = False  # budget="auto"
+        self.following: threading.Event | None = None  # budget="auto"
         self.slab: Slab | None = None
         pairs = zip(index.files, index.stamps, strict=True)
         self.files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
@@ -163,7 +163,7 @@ class Session:
     def budget(self) -> int:
         """Bytes the session may use over the process baseline; set it to change it while the session lives.
 
-        A session with ``budget="auto"`` no longer follows the machine from then on.
+        ``"auto"`` follows the machine from then on; a size no longer does.
 
         Takes effect before the assignment returns, or, while a pass is in progress, at its next block boundary (less)
         or its end (more). What stays resident is not read again; what goes is given back at once; no answer changes.
@@ -182,12 +182,14 @@ class Session:
 
     def change_budget(self, value: int | str, *, cause: str) -> None:
         """What setting ``budget`` does, with a ``cause`` for the trace."""
-        nbytes = parse_bytes(value, what="budget")
         if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
+        if value == "auto":
+            return follow_limits(self, self.prepared.enough())
+        nbytes = parse_bytes(value, what="budget")
         self._check(nbytes)
         if cause == "asked":
-            self.following = False
+            self.following = None
         self._change.ask(nbytes, cause)
 
     @property
@@ -379,16 +381,7 @@ class Session:
             ) from None
 
     def _before_pass(self) -> None:
-        if torch.is_grad_enabled() and any(s.tensor.requires_grad for w in self._weights for s in w.slots):
-            raise GradientError(
-                "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
-                "torch.no_grad(). Training inside a budget (nb.train_step) is not built yet: train the plain model"
-            )
-        if any(norm.training for norm in self._norms):
-            raise StreamedModelError(
-                "the model is in training mode, and its normalisation layers would write running statistics into "
-                "streamed weights: call model.eval()"
-            )
+        refuse_training(self._weights, self._norms)
         self._check_files()
         self.engine.on_step = self.memory.sample if self.memory.blind(self._budget) else None
 

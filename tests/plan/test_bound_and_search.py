@@ -34,7 +34,7 @@ def chains(draw: st.DrawFn, most: int = 4) -> Workload:
     blocks = tuple(
         Block(f"b{i}", n * PAGE, n * PAGE, tuple(h)) for i, (n, h) in enumerate(zip(pages, holds, strict=True))
     )
-    return Workload(blocks, tuple(seconds * 1e-3 for seconds in steps))
+    return Workload(blocks, tuple(seconds * 1e-3 for seconds in steps), from_idle=draw(st.booleans()))
 
 
 def best_by_counting(workload: Workload, room: int) -> float:

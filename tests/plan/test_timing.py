@@ -203,3 +203,27 @@ def test_overheads_count_for_every_step_and_every_read() -> None:
 def test_nothing_streamed_is_nothing_waited_for() -> None:
     timing = simulate(chain([4, 4], [10, 10]), TICKS, {0, 1}, [], [])
     assert (timing.latency, timing.stall, timing.bytes_read) == (20.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(("slots", "latency"), [(1, 32), (2, 18), (3, 12)])
+def test_a_pass_after_a_pause_begins_with_the_window_full(slots: int, latency: int) -> None:
+    # Two slots: layer 2 is read when layer 0 has been computed, from 4 to 14. One slot: each waits for its own read.
+    workload = replace(chain([10, 10, 10], [4, 4, 4]), from_idle=True)
+    for passes in (2, 3, 5):
+        assert in_slots(workload, slots, passes) == latency
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=10), st.integers(1, 5))
+def test_a_pass_after_a_pause_is_the_recurrence_with_the_first_slots_full(
+    layers: list[tuple[int, int]], slots: int
+) -> None:
+    loads, computes = zip(*layers, strict=True)
+    there = [0 if i < slots else load for i, load in enumerate(loads)]
+    loaded, computed = [0], [0]
+    for j, (load, compute) in enumerate(zip(there, computes, strict=True), 1):
+        # A slot is read into from the end of the step before; those that are full were read before it began.
+        loaded.append(max(loaded[-1], computed[max(j - slots, 0)]) + load if load else 0)
+        computed.append(max(loaded[-1], computed[-1]) + compute)
+    workload = replace(chain(loads, computes), from_idle=True)
+    assert in_slots(workload, slots, passes=3) == computed[-1]
+    assert in_slots(workload, slots, passes=3) <= in_slots(replace(workload, from_idle=False), slots, passes=3)

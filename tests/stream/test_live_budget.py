@@ -17,7 +17,14 @@ import torch
 
 import narrowboat as nb
 from narrowboat.arena.slab import Slab
-from narrowboat.errors import BudgetError, NarrowboatError, QuantityError, SessionClosedError, StreamedModelError
+from narrowboat.errors import (
+    BudgetError,
+    NarrowboatError,
+    QuantityError,
+    SessionClosedError,
+    StreamedModelError,
+    UsageError,
+)
 from narrowboat.stream.blocks import held_ranges, home
 from narrowboat.stream.session import Session
 
@@ -364,6 +371,22 @@ def test_a_scheme_that_needs_more_says_so_to_the_one_who_asks(deep: Any) -> None
         session.budget = deep.minimum
     assert session.budget == 40 * MIB
     assert_right(deep, model, 2)
+
+
+def test_a_plan_for_passes_with_pauses_foresees_no_more_than_one_for_passes_back_to_back(deep: Any) -> None:
+    steady = nb.session(deep.stream(budget=deep.minimum)).plan
+    model = deep.stream(budget=deep.minimum, objective="latency")
+    session = nb.session(model)
+    assert session.prepared.workload()[0].from_idle
+    assert session.plan.lower_bound <= session.plan.predicted_latency <= steady.predicted_latency * 1.01
+    assert_right(deep, model, 3)
+    session.budget = deep.minimum + MIB  # no table was made for this objective
+    assert_right(deep, model, 2)
+
+
+def test_another_objective_is_refused(deep: Any) -> None:
+    with pytest.raises(UsageError, match="objective must be one of throughput, latency, not 'energy'"):
+        deep.stream(objective="energy")
 
 
 def test_a_forked_child_is_refused_and_can_close(deep: Any) -> None:

@@ -36,6 +36,9 @@ def plan(
         Path | None, typer.Option(metavar="FILE.json", help="Plan from this profile; else from what is kept.")
     ] = None,
     scheme: Annotated[str, typer.Option(help="best; or swapnet, first-resident or window, for comparison.")] = "best",
+    objective: Annotated[
+        str, typer.Option(help="throughput: passes back to back; latency: passes with pauses between them.")
+    ] = "throughput",
     blocks: Annotated[bool, typer.Option("--blocks", help="List every block and where it lives.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -66,6 +69,7 @@ def plan(
         example=example,
         bandwidth=speed,
         scheme=scheme,
+        objective=objective,
         profile=profile,
         target=target,
     )

@@ -37,7 +37,7 @@ _SIZES, _CUTS = 8, 100  # how many are looked at
 
 
 def latency_bound(workload: Workload, machine: Machine, room: int) -> float:
-    """Seconds that a steady pass takes at least.
+    """Seconds that a steady pass takes at least (one after a pause, where the workload says so).
 
     Args:
         room: bytes of the budget left for weights.
@@ -67,17 +67,33 @@ def _least_wait(workload: Workload, machine: Machine, room: int, busy: list[floa
     sizes = sorted({block.nbytes for block in largest})
     # Any choice of sizes, cuts and first cut gives a bound.
     curves = [_Curve(cuts, need, busy, largest, room, size) for size in (0, *sizes[:: -(-len(sizes) // _SIZES)])]
+    if workload.from_idle:  # it begins where it begins, with all of the room in use
+        return _shown(curves, machine, room, cuts, need, largest, 0, full=True)
     neediest = max(range(len(cuts)), key=lambda at: need[cuts[at] - 1])
     return max(_shown(curves, machine, room, cuts, need, largest, at) for at in {0, neediest})
 
 
 def _shown(
-    curves: list[_Curve], machine: Machine, room: int, cuts: list[int], need: list[int], blocks: list[Block], at: int
+    curves: list[_Curve],
+    machine: Machine,
+    room: int,
+    cuts: list[int],
+    need: list[int],
+    blocks: list[Block],
+    at: int,
+    *,
+    full: bool = False,
 ) -> float:
-    """Seconds of waiting shown by the best choice of ``cuts``, the pass taken to begin at the one numbered ``at``."""
+    """Seconds of waiting shown by the best choice of ``cuts``, the pass taken to begin at the one numbered ``at``.
+
+    Args:
+        full: nothing of the pass before is left then, but what is of use.
+    """
     count = len(cuts)
     order = [*range(at, count), *range(at)]
     free = [room - need[cuts[number] - 1] for number in order]  # before the first step comes the last
+    if full:
+        free[0] = room
     again = [_comes_again(number, cuts, len(need), blocks) for number in order]
     sums = [curve.sums(order) for curve in curves]
     best = [0.0] * (count + 1)  # by cut: the most waiting shown before it

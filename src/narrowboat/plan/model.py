@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 PAGE = 4096
+# What a plan is to make short: passes back to back, or one that begins when the reader has filled the window.
+OBJECTIVES = ("throughput", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Workload:
         fixed_parts: ``fixed_bytes`` by name, for the explanation.
         busy_seconds: as ``step_seconds``, while storage is read all along; empty where not measured by step
             (``Machine.contention`` stands in).
+        from_idle: passes come with pauses, in which the window fills; else back to back.
     """
 
     blocks: tuple[Block, ...]
@@ -59,6 +62,7 @@ class Workload:
     fixed_bytes: int = 0
     fixed_parts: tuple[tuple[str, int], ...] = field(default=())
     busy_seconds: tuple[float, ...] = ()
+    from_idle: bool = False
 
     @property
     def weight_bytes(self) -> int:

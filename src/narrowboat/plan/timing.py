@@ -28,7 +28,7 @@ class Timing:
     """Prediction for one pass in the steady state.
 
     Attributes:
-        latency: seconds from the start of a pass to its end, passes back to back.
+        latency: seconds from the start of a pass to its end, passes back to back or after a pause (``from_idle``).
         stall: seconds of it spent waiting for weights (the residual delay).
         stall_by_block: the same by index of the block waited for.
         bytes_read: bytes read from storage per pass.
@@ -73,7 +73,7 @@ def simulate(
     passes: int = 4,
     lead: Lead | None = None,
 ) -> Timing:
-    """Run ``passes`` passes back to back and report the last.
+    """Run ``passes`` passes back to back, or as ``workload.from_idle`` has it, and report the last.
 
     Args:
         resident: indices of the blocks that stay in (they cost nothing).
@@ -125,7 +125,7 @@ def simulate(
         begin = now
         watched = lead if number == passes - 1 else None
         stall, bytes_read, compute, beside, by_block = 0.0, 0, 0.0, 0.0, {}
-        for idle, busy, released, beginning in stretches:
+        for at_turn, (idle, busy, released, beginning) in enumerate(stretches):
             for k in released:
                 wanted[k] -= 1
             limit = head + count + len(beginning)
@@ -151,6 +151,8 @@ def simulate(
                     bytes_read += blocks[k].read_bytes
                 wanted[k] += 1
                 cursor += 1
+            if workload.from_idle and not at_turn:
+                begin = now = max(now, reader)  # what was asked for has come
             for _, k in beginning:
                 if watched is not None:
                     watched.early[streamed[k]] = min(

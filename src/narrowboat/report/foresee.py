@@ -15,6 +15,7 @@ from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import UsageError
 from narrowboat.machine.storage_choice import StorageChoice
 from narrowboat.plan.advice import advise
+from narrowboat.plan.model import OBJECTIVES
 from narrowboat.plan.result import Plan
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.curve import smallest_budget
@@ -75,6 +76,7 @@ def foresee(
     bandwidth: float | None = None,
     strict: bool = True,
     scheme: str = "best",
+    objective: str = "throughput",
     profile: Path | None = None,
     target: float | None = None,
 ) -> Forecast:
@@ -89,6 +91,7 @@ def foresee(
         bandwidth: bytes per second of the storage; None measures it.
         strict: refuse tensors in the file that the model does not have.
         scheme: how to plan: ``"best"``, or one of ``plan.schemes`` for comparison.
+        objective: as for ``nb.stream``.
         profile: a file of ``narrowboat profile`` to plan from; None takes what is kept of earlier runs.
 
     Raises:
@@ -105,7 +108,9 @@ def foresee(
     if budget is None and target is None:
         raise UsageError("give a budget or a target latency")
     measured = None
-    prepared.scheme = scheme
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    prepared.scheme, prepared.objective = scheme, objective
     # What cannot hold is refused before anything is read.
     prepared = fit(prepared, budget if budget is not None else prepared.enough())
     if bandwidth is None:

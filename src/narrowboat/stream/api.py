@@ -17,6 +17,7 @@ from narrowboat.checkpoint import WeightsIndex, pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
+from narrowboat.plan.model import OBJECTIVES
 from narrowboat.plan.schemes import SCHEMES
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
@@ -45,6 +46,7 @@ def stream(
     verify: str = "off",
     offload_folder: str | Path | None = None,
     scheme: str = "best",
+    objective: str = "throughput",
 ) -> nn.Module:
     """Return the model, of its own class and callable as before, running from storage within ``budget`` bytes.
 
@@ -69,6 +71,8 @@ def stream(
             None: the user's cache folder.
         scheme: ``"best"``; or, for comparison, ``"swapnet"``, ``"first-resident"``, ``"window"``
             (``narrowboat.plan.schemes`` says what they do).
+        objective: what the plan is to make short: ``"throughput"``, passes back to back; ``"latency"``, passes with
+            pauses between them, in which the reader fills its window.
 
     Raises:
         BudgetError: the budget cannot hold the model (nothing has been read); ``.minimum`` is the smallest that can.
@@ -86,6 +90,8 @@ def stream(
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
     if scheme not in ("best", *SCHEMES):
         raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
     if verify not in MODES:
         raise UsageError(f"verify must be one of {', '.join(MODES)}, not {verify!r}")
     if io not in _IO:
@@ -118,7 +124,7 @@ def stream(
         automatic = nbytes is None
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
-        prepared.scheme = scheme
+        prepared.scheme, prepared.objective = scheme, objective
         prepared = fit(prepared, nbytes, whole_stacks=verify != "off")
         made = Session(
             prepared,

@@ -74,6 +74,7 @@ class Prepared:
         in_flight_correction: bytes by which the reserve for each input beyond the first is changed.
         left_behind: bytes that passes under other plans have left in the heap, beyond what is held at rest.
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
+        objective: what they are to make short, of ``plan.model.OBJECTIVES``.
         measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
         tiling: which layers are computed in tiles; None where all are in one piece.
         experts: the stacks whose experts are read on demand; None where there are none, or all fits.
@@ -101,6 +102,7 @@ class Prepared:
     measured_under: MallocPolicy | None = None
     corrections: dict[MallocPolicy, int] = field(default_factory=dict)
     scheme: str = "best"
+    objective: str = "throughput"
     together: int = 1
     in_flight_correction: int = 0
     left_behind: int = 0
@@ -233,7 +235,7 @@ class Prepared:
         """
         least, limiter = self.check(budget)
         # What the table was made for.
-        usual = self.scheme == "best" and self.together == 1 and self.experts is None
+        usual = (self.scheme, self.objective, self.together, self.experts) == ("best", "throughput", 1, None)
         found = self._plan_table(machine, (least, limiter)).best(budget) if usual else None
         if found is None:
             return self.choose(machine, budget)
@@ -355,6 +357,7 @@ class Prepared:
             sum(nbytes for _, nbytes in parts),
             parts,
             tuple(s * factor for s, factor in zip(seconds, slowed, strict=False)) if slowed else (),
+            from_idle=self.objective == "latency",
         )
         if together == 1:
             return workload, groups

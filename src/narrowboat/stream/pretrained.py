@@ -40,7 +40,7 @@ def stream_pretrained(
             None: 1,024, or the model's positions if those are fewer.
         example: inputs of one pass, where the model takes neither token numbers nor pixels.
         trust_remote_code: run the Python files that the folder brings.
-        options: as for ``nb.stream``: ``io``, ``lock_memory``, ``scheme``.
+        options: as for ``nb.stream``: ``io``, ``lock_memory``, ``scheme``, ``objective``.
 
     Raises:
         ModelError: see ``profile.pretrained.open_pretrained``.

@@ -374,10 +374,12 @@ def test_a_scheme_that_needs_more_says_so_to_the_one_who_asks(deep: Any) -> None
 
 
 def test_a_plan_for_passes_with_pauses_foresees_no_more_than_one_for_passes_back_to_back(deep: Any) -> None:
-    steady = nb.session(deep.stream(budget=deep.minimum)).plan
     model = deep.stream(budget=deep.minimum, objective="latency")
     session = nb.session(model)
     assert session.prepared.workload()[0].from_idle
+    session.prepared.objective = "throughput"
+    steady = session.prepared.choose(session.machine, deep.minimum)[0]
+    session.prepared.objective = "latency"
     assert session.plan.lower_bound <= session.plan.predicted_latency <= steady.predicted_latency * 1.01
     assert_right(deep, model, 3)
     session.budget = deep.minimum + MIB  # no table was made for this objective

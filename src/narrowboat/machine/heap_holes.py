@@ -6,7 +6,7 @@ from it, and its pages stay resident when it is freed. A process that has run un
 ever writes to: it holds addresses and next to no memory, and larger requests go to ``mmap`` and back to the system.
 
 Sources: malloc/malloc.c of glibc (``_int_malloc`` asks the bins and the top chunk before ``sysmalloc`` looks at
-``mmap_threshold``); mallinfo(3).
+``mmap_threshold``); "MallocInternals" in glibc's wiki, for the flags before a chunk.
 """
 
 from __future__ import annotations
@@ -18,30 +18,24 @@ from typing import Any
 
 _LARGEST = 256 << 20  # bytes of the first attempt; larger holes are taken in several pieces
 _MOST = 4096  # a heap with more holes than this is left as it is
-
-
-class _MallInfo2(ctypes.Structure):
-    # fmt: off
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
-    )]
-    # fmt: on
+_IS_MMAPPED = 2
 
 
 @lru_cache(maxsize=1)
 def _libc() -> Any:
-    """glibc, or None where it is too old to be asked (before 2.33)."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
-        return None
-    libc.mallinfo2.restype = _MallInfo2
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     return libc
 
 
+def _from_heap(address: int) -> bool:
+    """Whether ``malloc`` found ``address`` in a heap: the word before it has the chunk's size and flags."""
+    return not ctypes.c_size_t.from_address(address - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED
+
+
 class HeapHoles:
-    """The holes that are taken; of the calling thread's heap, which is the main one's unless it has its own.
+    """The holes that are taken, of the calling thread's heap. Only where ``malloc`` is glibc's.
 
     Attributes:
         taken: addresses of the allocations that fill them.
@@ -55,17 +49,14 @@ class HeapHoles:
         """Take every hole of ``least`` bytes or more; the mmap threshold has to be no larger.
 
         Returns:
-            Bytes of addresses that were taken now; they were given back to the system before, or stay what they are.
+            Bytes of addresses that were taken now. Pages of them that are resident stay so: trim first.
         """
         libc = _libc()
-        if libc is None:
-            return 0
         filled, size = 0, _LARGEST
         with self._lock:
             while len(self.taken) < _MOST:
-                mapped = libc.mallinfo2().hblks
                 address = libc.malloc(size)
-                if address and libc.mallinfo2().hblks <= mapped:
+                if address and _from_heap(address):
                     self.taken.append(address)
                     filled += size
                     continue
@@ -78,7 +69,6 @@ class HeapHoles:
 
     def open(self) -> None:
         """Let the heap use its holes again."""
-        libc = _libc()
         with self._lock:
             while self.taken:
-                libc.free(self.taken.pop())
+                _libc().free(self.taken.pop())

@@ -35,7 +35,7 @@ class MemoryWatch:
 
     @property
     def recent(self) -> int:
-        """The same since the last change of the budget: by the kernel's high-water mark if it rose, or by samples."""
+        """The same since ``begin_anew``: by the kernel's high-water mark if it rose, or by samples."""
         memory = process_memory()
         if memory.hwm < self._hwm_before:
             self._hwm_before = 0  # somebody has reset it, and it tells of the passes since
@@ -43,7 +43,7 @@ class MemoryWatch:
         return max(most - self.baseline, 0)
 
     def begin_anew(self) -> None:
-        """Another budget is in force: what was taken under the one before is no overrun of this one."""
+        """Another budget, or a plan that leaves more room, is in force: what was taken before is no overrun of it."""
         self._earlier = self.peak
         self._hwm_before, self._sampled, self.answered = process_memory().hwm, 0, 0
 

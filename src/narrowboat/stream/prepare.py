@@ -49,7 +49,14 @@ _MISFIT = (
     "to have the same number of channels",
 )
 _CONTENTION = 0.08  # where it was not measured: 0 to 0.17 were seen in the zoo's models on two cores
-_NEED_MARGIN, _NEED_NOISE = 1.06, 1 << 20  # over the most that a profile's passes took beside the weights
+# Over the most that a profile's passes took beside the weights; where the heap keeps its holes, they may yet grow.
+_NEED_MARGIN = {
+    MallocPolicy.DEFAULT: 1.15,
+    MallocPolicy.BALANCED: 1.12,
+    MallocPolicy.LEAN: 1.06,
+    MallocPolicy.STRICT: 1.06,
+}
+_NEED_NOISE = 1 << 20
 _ANY = 1 << 62  # a budget that holds anything
 _SMALL_PIECES = 2 << 20  # bytes that the heap keeps of them
 _PER_WEIGHT = 6 << 10  # bytes of Python and tensor objects per weight: parameter, stand-in, view, entry
@@ -343,7 +350,7 @@ class Prepared:
                 correction = max(correction, 0)  # what single passes did not need, several heaps may
             elif self.measured is not None and policy.value in self.measured.needs:
                 beside = sum(reserved.values()) - reserved["allocator"]
-                need = int(self.measured.needs[policy.value] * _NEED_MARGIN) + _NEED_NOISE
+                need = int(self.measured.needs[policy.value] * _NEED_MARGIN[policy]) + _NEED_NOISE
                 reserved["allocator"] = max(need - beside, 0)
             reserved["allocator"] = max(reserved["allocator"] + correction, 0) + (0 if together > 1 else left_behind)
             slower = self._pace(trace, policy, sum(seconds))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from narrowboat.errors import BudgetError, NarrowboatError, StreamedModelError
-from narrowboat.machine.malloc import MallocPolicy, trim
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy, trim
 from narrowboat.plan.make import retime
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.quantities import format_bytes
@@ -84,13 +84,29 @@ def settle(session: Session, record: PassRecord) -> None:
         return
     try:
         better, groups = prepared.remake(session.machine, session.budget, session.plan)
-    except BudgetError as error:
-        log.warning("%s", error)
+    except BudgetError:
+        _change_policy(session)
         return
     gain = 1 - better.predicted_latency / session.plan.predicted_latency
     spared = 1 - better.timing.bytes_read / max(session.plan.timing.bytes_read, 1)
     if over or gain > _WORTH_MOVING or (gain > -_NO_LOSS and spared > _WORTH_SPARING):
         session.put_in_force(better, groups)
+    if over:
+        session.memory.begin_anew()  # what passes take under the new plan has yet to be seen
+
+
+def _change_policy(session: Session) -> None:
+    """The budget has no room any more for what passes take under the policy in force: perhaps for another's."""
+    prepared, before = session.prepared, session.prepared.policy
+    try:
+        plan, groups = prepared.choose(session.machine, session.budget)
+    except BudgetError as error:
+        log.warning("%s", error)
+        return
+    log.info("malloc policy: %s instead of %s", prepared.policy.value, before.value)
+    session.put_in_force(plan, groups)
+    set_malloc_policy(prepared.policy)
+    session.memory.begin_anew()
 
 
 def note_left_behind(session: Session) -> int:

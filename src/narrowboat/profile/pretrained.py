@@ -119,7 +119,7 @@ def check_folder(path: Path) -> None:
     try:
         json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+        raise ModelError(f"{path / 'config.json'} cannot be used: {error}") from error
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> Any:

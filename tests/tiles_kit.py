@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +22,48 @@ from narrowboat.errors import BudgetError, NarrowboatError
 
 MIB = 1 << 20
 ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest element
+
+
+CHILD = """
+import json, sys, torch
+import narrowboat as nb
+from narrowboat.machine.memory import process_memory
+from narrowboat.profile.warmup import warm_up
+from torch import nn
+torch.set_num_threads(1)
+path, budget = sys.argv[1], int(sys.argv[2])
+{setup}
+with torch.device("meta"):
+    factory()  # initialising on meta loads some eighty megabytes of PyTorch, which are the process's
+warm_up()
+model = nb.stream(factory, path, budget=budget, example=(x,))
+with torch.inference_mode():
+    for _ in range(3):
+        answer = model(x)
+stats = nb.session(model).stats()
+print(json.dumps({{
+    "answer": {answer}.tolist(),
+    "over_baseline": process_memory().hwm - stats["baseline_bytes"],
+    "tiled": stats["tiled_layers"],
+}}))
+"""
+
+
+def in_a_process(path: Path, budget: int, setup: str, answer: str = "answer") -> Any:
+    """What three passes in a process of their own give and take.
+
+    Args:
+        setup: lines that define ``factory`` and ``x``.
+        answer: the part of ``answer`` that is told.
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD.format(setup=setup, answer=answer), str(path), str(budget)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"},
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 class Kit:

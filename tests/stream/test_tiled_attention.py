@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +14,7 @@ from torch import nn
 import narrowboat as nb
 from narrowboat.errors import GradientError, TiledWeightError
 from narrowboat.stream.prepare import prepare
-from tiles_kit import MIB, ROUNDING, Kit, check, tiles_kit  # noqa: F401
+from tiles_kit import MIB, ROUNDING, Kit, check, in_a_process, tiles_kit  # noqa: F401
 
 WIDTH = 768  # in-projection 6.8 MiB, output projection 2.3 MiB
 HEADS = 8
@@ -461,31 +457,11 @@ def test_many_inputs_per_sweep(kit: Kit) -> None:
             torch.testing.assert_close(got, plain(x), rtol=0, atol=1e-5)
 
 
-PROOF = """
-import json, sys, torch
-import narrowboat as nb
-from narrowboat.machine.memory import process_memory
-from narrowboat.profile.warmup import warm_up
-from torch import nn
-torch.set_num_threads(1)
-path, budget = sys.argv[1], int(sys.argv[2])
+SETUP = """
 def factory():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(2048, 16, 8192, batch_first=True), 1).eval()
 torch.manual_seed(1)
 x = torch.randn(1, 64, 2048)
-with torch.device("meta"):
-    factory()  # initialising on meta loads some eighty megabytes of PyTorch, which are the process's
-warm_up()
-model = nb.stream(factory, path, budget=budget, example=(x,))
-with torch.inference_mode():
-    for _ in range(3):
-        answer = model(x)
-stats = nb.session(model).stats()
-print(json.dumps({
-    "answer": answer[0, 0, :64].tolist(),
-    "over_baseline": process_memory().hwm - stats["baseline_bytes"],
-    "tiled": stats["tiled_layers"],
-}))
 """
 
 
@@ -505,14 +481,7 @@ def test_a_process_stays_within_a_budget_a_third_of_its_in_projection(kit: Kit) 
     assert plain.layers[0].self_attn.in_proj_weight.nbytes > 2 * budget
     with torch.inference_mode():
         want = plain(x)[0, 0, :64]
-    child = subprocess.run(
-        [sys.executable, "-c", PROOF, str(path), str(budget)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"},
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
-    told = json.loads(child.stdout.splitlines()[-1])
+    told = in_a_process(path, budget, SETUP, "answer[0, 0, :64]")
     assert told["tiled"].keys() >= {"layers.0.self_attn.in_proj", "layers.0.linear1"}
     assert told["over_baseline"] <= budget, told
     torch.testing.assert_close(torch.tensor(told["answer"]), want, rtol=0, atol=1e-5)

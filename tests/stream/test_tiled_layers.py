@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +14,7 @@ from torch import nn
 import narrowboat as nb
 from narrowboat.errors import BudgetError, TiledWeightError
 from narrowboat.stream.prepare import prepare
-from tiles_kit import MIB, ROUNDING, Kit, check, tiles_kit  # noqa: F401
+from tiles_kit import MIB, ROUNDING, Kit, check, in_a_process, tiles_kit  # noqa: F401
 
 
 def linear(dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[], nn.Module]:
@@ -296,30 +292,10 @@ def test_strips_bring_a_convolution_below_its_workspace(kit: Kit) -> None:
     assert "2" in session.stats()["tiled_layers"]
 
 
-PROOF = """
-import json, sys, torch
-import narrowboat as nb
-from narrowboat.machine.memory import process_memory
-from narrowboat.profile.warmup import warm_up
-from torch import nn
-torch.set_num_threads(1)
-path, budget = sys.argv[1], int(sys.argv[2])
+SETUP = """
 def factory():
     return nn.Sequential(nn.Embedding(30000, 512), nn.Linear(512, 24000), nn.ReLU(), nn.Linear(24000, 64))
 x = torch.arange(0, 30000, 5000)
-with torch.device("meta"):
-    factory()  # initialising on meta loads some eighty megabytes of PyTorch, which are the process's
-warm_up()
-model = nb.stream(factory, path, budget=budget, example=(x,))
-with torch.inference_mode():
-    for _ in range(3):
-        answer = model(x)
-stats = nb.session(model).stats()
-print(json.dumps({
-    "answer": answer.tolist(),
-    "over_baseline": process_memory().hwm - stats["baseline_bytes"],
-    "tiled": stats["tiled_layers"],
-}))
 """
 
 
@@ -337,14 +313,7 @@ def test_a_process_stays_within_a_budget_a_quarter_of_its_largest_layer(kit: Kit
     assert plain[0].weight.nbytes > plain[1].weight.nbytes > 3 * budget
     with torch.inference_mode():
         want = plain(x)
-    child = subprocess.run(
-        [sys.executable, "-c", PROOF, str(path), str(budget)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"},
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
-    told = json.loads(child.stdout.splitlines()[-1])
+    told = in_a_process(path, budget, SETUP)
     assert told["tiled"].keys() >= {"0", "1"}
     assert told["over_baseline"] <= budget, told
     torch.testing.assert_close(torch.tensor(told["answer"]), want, rtol=0, atol=ROUNDING[want.dtype])

@@ -99,6 +99,7 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     if allocator_name() != "glibc":
         return False
     if wanted is MallocPolicy.DEFAULT and not _changed:
+        trim()
         return True
     libc = ctypes.CDLL(None)
     _changed = True

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
-from narrowboat.errors import BudgetError, UsageError
+from narrowboat.errors import BudgetError
 from narrowboat.plan.bound import latency_bound
 from narrowboat.plan.layout import peak_held, place, place_apart
 from narrowboat.plan.model import PAGE, Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
-from narrowboat.plan.schemes import SCHEMES
+from narrowboat.plan.schemes import SCHEMES, check_names
 from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidate, improves
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
@@ -116,8 +116,7 @@ def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidat
 
 
 def _by_scheme(workload: Workload, machine: Machine, budget: int, least: tuple[int, str], scheme: str) -> Plan:
-    if scheme not in SCHEMES:
-        raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    check_names(scheme)
     room = (budget - workload.fixed_bytes) // PAGE * PAGE
     decided = SCHEMES[scheme](workload, machine, room)
     if decided is None:

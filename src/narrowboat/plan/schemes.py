@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+from narrowboat.errors import UsageError
 from narrowboat.plan.layout import peak_held, place
-from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.model import OBJECTIVES, Block, Machine, Workload
 
 Decision = tuple[Workload, frozenset[int], tuple[int, ...], list[int]]  # resident, streamed, their offsets
 _ATOMS = 48
@@ -125,3 +126,15 @@ def _keep(schedules: list[_Schedule], entry: _Schedule) -> None:
 
 
 SCHEMES: dict[str, Scheme] = {"swapnet": swapnet, "first-resident": first_resident, "window": window_only}
+
+
+def check_names(scheme: str, objective: str = OBJECTIVES[0]) -> None:
+    """Refuse names that mean no way of planning.
+
+    Raises:
+        UsageError: no such scheme, or no such objective.
+    """
+    if scheme not in ("best", *SCHEMES):
+        raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
+    if objective not in OBJECTIVES:
+        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")

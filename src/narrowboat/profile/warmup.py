@@ -68,12 +68,12 @@ def warm_up_stand_ins() -> None:
     Its distributed tensors, 41 MiB. The tracer brings them in as well; where a trace is known they may not be needed.
     """
 
-    class Met(torch.Tensor):
+    class _Met(torch.Tensor):
         @classmethod
         def __torch_dispatch__(cls, *asked: Any) -> Any:
             return torch.empty(0)
 
-    torch.neg(torch.Tensor._make_wrapper_subclass(Met, (1,)))
+    torch.neg(torch.Tensor._make_wrapper_subclass(_Met, (1,)))
 
 
 @cache

@@ -15,8 +15,8 @@ from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import UsageError
 from narrowboat.machine.storage_choice import StorageChoice
 from narrowboat.plan.advice import advise
-from narrowboat.plan.model import OBJECTIVES
 from narrowboat.plan.result import Plan
+from narrowboat.plan.schemes import check_names
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.curve import smallest_budget
 from narrowboat.stream.prepare import Prepared, prepare
@@ -98,7 +98,7 @@ def foresee(
         UsageError: no budget is enough for the target, or none of the two is given.
         ProfileError: the profile is of another model or machine.
         BudgetError: the budget cannot hold the model.
-        UsageError: no such scheme.
+        UsageError: no such scheme or objective.
         WeightsError, ModelError: as ``nb.stream``.
     """
     warm_up()
@@ -108,8 +108,7 @@ def foresee(
     if budget is None and target is None:
         raise UsageError("give a budget or a target latency")
     measured = None
-    if objective not in OBJECTIVES:
-        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    check_names(scheme, objective)
     prepared.scheme, prepared.objective = scheme, objective
     # What cannot hold is refused before anything is read.
     prepared = fit(prepared, budget if budget is not None else prepared.enough())

@@ -117,7 +117,6 @@ def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredP
     try:
         for policy in _FRUGAL:
             set_malloc_policy(policy)
-            trim()
             run()
             reset_peak()
             seconds = sum(_steps(handle, run, _PER_POLICY - 1))
@@ -126,7 +125,6 @@ def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredP
             measured.paces[policy.value] = max(seconds, measured.paces[MallocPolicy.DEFAULT.value])
     finally:
         set_malloc_policy(MallocPolicy.DEFAULT)
-        trim()
 
 
 def _beside_weights(handle: Session) -> int:

@@ -17,8 +17,7 @@ from narrowboat.checkpoint import WeightsIndex, pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
 from narrowboat.machine.memory import process_memory
-from narrowboat.plan.model import OBJECTIVES
-from narrowboat.plan.schemes import SCHEMES
+from narrowboat.plan.schemes import check_names
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_names
 from narrowboat.profile.warmup import warm_up
@@ -88,10 +87,7 @@ def stream(
         kind = ""
     if kind != "cpu":
         raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
-    if scheme not in ("best", *SCHEMES):
-        raise UsageError(f"there is no scheme {scheme!r}; there are best, {', '.join(SCHEMES)}")
-    if objective not in OBJECTIVES:
-        raise UsageError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    check_names(scheme, objective)
     if verify not in MODES:
         raise UsageError(f"verify must be one of {', '.join(MODES)}, not {verify!r}")
     if io not in _IO:

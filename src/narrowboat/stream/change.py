@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from narrowboat.errors import BudgetError, StreamedModelError
-from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.plan import Plan
 from narrowboat.profile.workload import Group
 from narrowboat.quantities import format_bytes
@@ -82,7 +82,6 @@ class BudgetChange:
             return
         session.put_in_force(plan, groups, budget=nbytes)
         set_malloc_policy(session.prepared.policy)
-        trim()
         told = f"{format_bytes(before)} -> {format_bytes(nbytes)} ({cause})"
         log.info("budget %s", told)
         session.timeline.add(Event("budget", told, start, time.perf_counter(), nbytes))

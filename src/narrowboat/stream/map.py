@@ -29,7 +29,7 @@ from narrowboat.errors import (
     UsageError,
     WeightsChangedError,
 )
-from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.plan.group import choose_group
 from narrowboat.plan.result import Plan
 from narrowboat.profile.workload import Group
@@ -51,6 +51,7 @@ _LOOKS = 16  # at so many gates of the first pass the model's own state is looke
 _PROBES = 2  # the first pass may build what later ones find
 Call = Callable[[], Any]
 Outcome = tuple[Any, BaseException | None]
+Decision = tuple[Plan, list[Group], "MallocPolicy"]
 
 
 class Maps:
@@ -114,7 +115,7 @@ class Maps:
         try:
             session.prepared.decide(session.machine, session.budget, batch)
         except BudgetError as error:
-            fits = bisect_left(range(1, batch), True, key=lambda size: not self._fits(size))
+            fits = bisect_left(range(1, batch), True, key=lambda size: self._decide(size) is None)
             raise BudgetError(
                 f"the budget of {format_bytes(session.budget)} cannot hold {batch} inputs at once: "
                 + (f"batch={fits} would do, or " if fits > 1 else "they can only go one by one, with batch=1; or ")
@@ -123,12 +124,11 @@ class Maps:
                 limiter=error.limiter,
             ) from None
 
-    def _fits(self, size: int) -> bool:
-        try:
-            self._session.prepared.decide(self._session.machine, self._session.budget, size)
-        except BudgetError:
-            return False
-        return True
+    def _decide(self, size: int) -> Decision | None:
+        """What would be put in force for so many inputs per sweep; None if the budget cannot hold them."""
+        with contextlib.suppress(BudgetError):
+            return self._session.prepared.decide(self._session.machine, self._session.budget, size)
+        return None
 
     def dismiss(self) -> None:
         """The session is closed: end the threads of every map."""
@@ -320,15 +320,15 @@ class Maps:
             log.info("map: %d inputs per sweep, chosen in %.0f ms", self.group, (time.perf_counter() - start) * 1e3)
             return self.group
 
-    def _choose(self, batch: int | None) -> tuple[int, tuple[Plan, list[Group], MallocPolicy] | None]:
-        session = self._session
-        plans: dict[int, tuple[Plan, list[Group], MallocPolicy]] = {}
+    def _choose(self, batch: int | None) -> tuple[int, Decision | None]:
+        plans: dict[int, Decision] = {}
 
         def seconds(size: int) -> float | None:
-            with contextlib.suppress(BudgetError):
-                plans[size] = session.prepared.decide(session.machine, session.budget, size)
-                return plans[size][0].predicted_latency
-            return None
+            decided = self._decide(size)
+            if decided is None:
+                return None
+            plans[size] = decided
+            return decided[0].predicted_latency
 
         if batch is None:
             size = choose_group(seconds)
@@ -340,9 +340,8 @@ class Maps:
         session = self._session
         try:
             session.prepared.policy = policy
-            set_malloc_policy(policy)
             session.put_in_force(plan, groups)
-            trim()  # the holes that another policy has left in the heap
+            set_malloc_policy(policy)
         except Exception:
             raise
         except BaseException:

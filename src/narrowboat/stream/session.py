@@ -20,7 +20,7 @@ from narrowboat.errors import (
     StreamedModelError,
     UsageError,
 )
-from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.machine.malloc import set_malloc_policy
 from narrowboat.machine.memory import resident_bytes
 from narrowboat.machine.openmp import warn_about_openmp
 from narrowboat.plan.result import Plan
@@ -122,8 +122,7 @@ class Session:
         try:
             self.machine = prepared.machine(quick_bandwidth(self.reader, self.files))
             plan, groups = prepared.choose(self.machine, budget)
-            set_malloc_policy(prepared.policy)
-            trim()  # what building and tracing left free in the heap
+            set_malloc_policy(prepared.policy)  # gives back what building and tracing left free in the heap
             if prepared.tiling is not None:
                 rows = RowReader(self.reader, self._file_number, [stamp.size for stamp in index.stamps])
                 install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)

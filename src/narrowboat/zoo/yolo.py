@@ -98,6 +98,7 @@ class YOLOv3(nn.Module):
         self.small = Scale(128 + 256, 128, outputs)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Images ``[batch, 3, h, w]`` to boxes at strides 32, 16, 8: ``[batch, outputs, h / stride, w / stride]``."""
         fine, middle, coarse = self.backbone(images)
         route, large = self.large(coarse)
         route = F.interpolate(self.to_medium(route), scale_factor=2.0, mode="nearest")

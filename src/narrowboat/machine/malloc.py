@@ -110,11 +110,15 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     return accepted
 
 
-def trim() -> bool:
-    """Give the free pages of the heap back to the system now; True if there were any."""
+def trim(*, refill: bool = True) -> bool:
+    """Give the free pages of the heap back to the system now; True if there were any.
+
+    Args:
+        refill: keep tensors out of the holes from now on, if the policy in force does; for between passes.
+    """
     if allocator_name() != "glibc":
         return False
     gave = bool(ctypes.CDLL(None).malloc_trim(0))
-    if _fill_from is not None:
+    if refill and _fill_from is not None:
         _holes.fill(_fill_from)
     return gave

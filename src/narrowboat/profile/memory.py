@@ -16,10 +16,12 @@ from narrowboat.profile.use_trace import UseTrace
 # (multiple of the activation bytes, bytes on top): holes grow with the activations, small blocks and arenas do not.
 _RESERVE = {
     MallocPolicy.DEFAULT: (1.7, 24 << 20),
-    MallocPolicy.BALANCED: (1.3, 12 << 20),
-    MallocPolicy.LEAN: (1.2, 6 << 20),
+    MallocPolicy.BALANCED: (1.1, 13 << 20),
+    MallocPolicy.LEAN: (1.08, 9 << 19),
     MallocPolicy.STRICT: (1.08, 3 << 20),
 }
+# Share of its activations that one more thread's heap keeps as holes.
+_HOLES = {MallocPolicy.DEFAULT: 0.7, MallocPolicy.BALANCED: 0.3, MallocPolicy.LEAN: 0.2, MallocPolicy.STRICT: 0.0}
 # Which of ``use_trace.PIECES`` is the least that a policy gives back.
 _PIECE_OF = {MallocPolicy.BALANCED: 2, MallocPolicy.LEAN: 1, MallocPolicy.STRICT: 0}
 
@@ -59,9 +61,8 @@ def in_flight_bytes(trace: UseTrace, boundaries: Iterable[int], policy: MallocPo
         boundaries: steps at which it may be set aside.
         threads: OpenMP threads per operator.
     """
-    factor, _ = _RESERVE[policy]
     carried = carried_bytes(trace, boundaries)
-    holes = 0 if policy is MallocPolicy.STRICT else int(trace.activation_bytes * (factor - 1))
+    holes = int(trace.activation_bytes * _HOLES[policy])
     if policy is MallocPolicy.DEFAULT:
         holes += trace.activation_bytes - min(carried, trace.activation_bytes)
     return int(carried * _RESERVE[MallocPolicy.STRICT][0]) + holes + _PER_WORKER + _PER_TEAM_THREAD * threads

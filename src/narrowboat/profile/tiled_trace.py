@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from narrowboat.profile.attention_trace import project
+from narrowboat.profile.convolution import blocked
 from narrowboat.profile.rows import gather_bytes
 from narrowboat.profile.tiled_forward import CONVOLUTIONS
 from narrowboat.profile.tiles import TiledLayer, Tiling
@@ -19,32 +20,34 @@ _THIN = 256 << 10  # bytes of input that a strip should have: kernels choose the
 
 @dataclass
 class _Convolution:
-    """Bytes of one convolution's step: what is alive around it, its input, its weight and its output."""
+    """Bytes of one convolution's step: what is alive around it, its input, weight and output, its unfolded input."""
 
     around: int
     input: int
     weight: int
     output: int
+    columns: int
     rows: int
 
     def peak(self, weight: int, part: float, strips: int, layer: Any) -> int:
         """The most bytes alive if it is made of tiles of ``weight`` bytes, ``part`` of the output each, in strips."""
-        result = int(self.output * part / strips * 1.1) if strips > 1 else int(self.output * part) + 1
-        source = self.input
-        copies = 1
+        source, columns, strip = self.input, self.columns, 0
+        result = int(self.output * part) + 1
         if strips > 1:
+            result = int(self.output * part / strips * 1.1)
             made = -(-self.rows // strips)
             reach = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
             source = min(source, source * ((made - 1) * layer.stride[0] + reach) // (self.rows * layer.stride[0]))
-            copies = 2  # the strip itself, and the kernel's workspace
-        return self.around + copies * source + weight + 2 * result
+            columns = int(columns / strips * 1.1)
+            strip = source  # its rows lie apart, and are copied
+        return self.around + strip + result + (columns or blocked(source, weight, result))
 
 
 def _convolution(trace: UseTrace, step: int, weight: int) -> _Convolution:
     output = trace.largest[step]
-    moved = int(trace.traffic[step])  # counted as workspace, on top of what was alive
-    around = max(trace.peaks[step] - moved, 0)
-    return _Convolution(around, max(moved - weight - output, 0), weight, output, max(trace.rows[step], 1))
+    source = max(int(trace.traffic[step]) - weight - output, 0)
+    around = max(trace.peaks[step] - trace.workspaces[step], 0)
+    return _Convolution(around, source, weight, output, trace.columns[step], max(trace.rows[step], 1))
 
 
 def plan_strips(module: nn.Module, trace: UseTrace, target: int) -> dict[int, int]:

@@ -25,7 +25,7 @@ from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.profile.skeleton import tensor_names
 from narrowboat.profile.use_trace import UseTrace
 
-_FORMAT = 9
+_FORMAT = 10
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 
 
@@ -40,7 +40,9 @@ def fingerprint(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _parts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
     from narrowboat import __version__
 
-    yield f"{_FORMAT} {__version__} {torch.__version__} {torch.get_default_dtype()} {torch.is_autocast_enabled('cpu')}"
+    alone = torch.get_num_threads() == 1  # convolutions choose other kernels then
+    yield f"{_FORMAT} {__version__} {torch.__version__} {torch.get_default_dtype()} {alone}"
+    yield str(torch.is_autocast_enabled("cpu"))
     files: set[str] = set()
     for name, child in module.named_modules():
         kind = type(child)
@@ -102,6 +104,8 @@ def load_trace(key: str) -> UseTrace | None:
             peaks=[int(p) for p in kept["peaks"]],
             largest=[int(n) for n in kept["largest"]],
             looked_up=[int(n) for n in kept["looked_up"]],
+            workspaces=[int(n) for n in kept["workspaces"]],
+            columns=[int(n) for n in kept["columns"]],
             rows=[int(n) for n in kept["rows"]],
             activation_bytes=int(kept["activation_bytes"]),
             taken=tuple(int(nbytes) for nbytes in kept["taken"]),

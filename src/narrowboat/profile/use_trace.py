@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from narrowboat.profile.attention import can_unfuse, unfuse
+from narrowboat.profile.convolution import workspace
 from narrowboat.profile.rowwise import aten, takes_rows
 from narrowboat.profile.skeleton import tensor_names
 
@@ -37,6 +38,7 @@ PIECES = (
     256 << 10,
     1 << 20,
 )  # sizes from which on allocator policies give memory back
+_COUNTS = ("peaks", "largest", "looked_up", "workspaces", "columns", "rows")  # bytes and numbers, by step
 Event = tuple[int, int]  # (module number, ENTER or EXIT)
 
 
@@ -53,6 +55,8 @@ class UseTrace:
         peaks: most bytes of intermediate tensors and workspaces alive at once in each step (0 where nothing is made).
         largest: bytes of the largest tensor made in each step.
         looked_up: indices that embedding operators are given in each step.
+        workspaces: bytes of the scratch memory that a convolution takes in each step (``profile.convolution``).
+        columns: of those, of its unfolded input; 0 where oneDNN computes.
         rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: bytes allocated over the pass in pieces of at least the sizes ``PIECES``;
@@ -72,6 +76,8 @@ class UseTrace:
     peaks: list[int] = field(default_factory=list)
     largest: list[int] = field(default_factory=list)
     looked_up: list[int] = field(default_factory=list)
+    workspaces: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, ...] = (0,) * len(PIECES)
@@ -87,14 +93,14 @@ class UseTrace:
         self.uses.append([])
         self.flops.append(0.0)
         self.traffic.append(0.0)
-        for counts in (self.peaks, self.largest, self.looked_up, self.rows):
-            counts.append(0)
+        for name in _COUNTS:
+            getattr(self, name).append(0)
 
     def repeat(self, trace: UseTrace, step: int) -> None:
         """Begin a step that is like ``step`` of another trace."""
         self.open_step(trace.events[step])
         self.uses[-1] = list(trace.uses[step])
-        for name in ("flops", "traffic", "peaks", "largest", "looked_up", "rows"):
+        for name in ("flops", "traffic", *_COUNTS):
             getattr(self, name)[-1] = getattr(trace, name)[step]
 
     def use(self, weight: int) -> None:
@@ -226,9 +232,11 @@ class _Recorder(TorchDispatchMode):
             self.trace.traffic[step] += moved
         if "embedding" in func._schema.name and len(inputs) > 1:
             self.trace.looked_up[step] += inputs[1].numel()
-        if "convolution" in func._schema.name:
-            # oneDNN reorders plain operands into its blocked layout, in scratch memory beside them.
-            self._reach(self.alive + moved)
+        if func is aten.convolution.default:
+            scratch = workspace(*args, **kwargs, output=outputs[0])
+            self._reach(self.alive + scratch.nbytes)
+            self.trace.workspaces[step] = max(self.trace.workspaces[step], scratch.nbytes)
+            self.trace.columns[step] = max(self.trace.columns[step], scratch.columns)
             self.trace.rows[step] = outputs[0].shape[2]
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))

@@ -34,6 +34,7 @@ from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_block
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.expert_ops import start_experts
+from narrowboat.stream.heap_guard import HeapGuard
 from narrowboat.stream.integrity import Integrity
 from narrowboat.stream.map import Maps
 from narrowboat.stream.memory_watch import MemoryWatch
@@ -128,6 +129,7 @@ class Session:
                 install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)
             attach_slots(prepared.module, prepared.matched)
             self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
+            self.guard = HeapGuard(self.memory, self.engine)
             self.experts = start_experts(self)
             self.engine.on_begin = self._before_pass
             self.engine.on_end = self._after_pass
@@ -382,7 +384,7 @@ class Session:
     def _before_pass(self) -> None:
         refuse_training(self._weights, self._norms)
         self._check_files()
-        self.engine.on_step = self.memory.sample if self.memory.blind(self._budget) else None
+        self.engine.on_step = self.guard.hook(self.prepared.trace, self.prepared.policy, self._budget, self.alone)
 
     def _readopt(self) -> None:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""

@@ -119,7 +119,7 @@ def note_left_behind(session: Session) -> int:
     before, prepared.left_behind = prepared.left_behind, 0
     if prepared.trace is not None and session.engine.crew is None:
         trim()
-        more = session.beside_weights() - sum(prepared.fixed_parts.values()) - prepared.at_rest
+        more = session.beside_weights() - prepared.at_rest
         # The program's own results and models are not the session's; small change is noise.
         prepared.left_behind = min(max(more, 0), _MOST_LEFT) // _STEP * _STEP
     return prepared.left_behind - before

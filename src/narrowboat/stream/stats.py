@@ -46,6 +46,7 @@ def collect(session: Session) -> dict[str, Any]:
     misses                   count   operators that met a weight that was out
     jumps                    count   module calls out of the traced order
     allocator_policy         text    how malloc treats freed activations (``machine.malloc``)
+    heap_trims               count   times the heap's holes were given back within a pass, which had no room for them
     memory_locked            bool    the arena cannot be swapped out
     map_group                count   inputs per sweep of ``Session.map``, as last decided
     map_inputs               count   inputs that went through in groups of two or more
@@ -105,6 +106,7 @@ def collect(session: Session) -> dict[str, Any]:
         "misses": session.engine.misses,
         "jumps": session.engine.jumps,
         "allocator_policy": session.prepared.policy.value,
+        "heap_trims": session.guard.trims,
         "memory_locked": session.slab.locked if session.slab is not None else False,
         "map_group": maps.group,
         "map_inputs": maps.inputs,

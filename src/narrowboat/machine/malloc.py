@@ -36,6 +36,9 @@ class MallocPolicy(Enum):
     policy        over     what it does                                  CPU time
     ============  =======  ============================================  =====================================
     ``DEFAULT``   2.3-3.2  glibc learns the sizes and keeps the holes    1
+    ``GUARDED``   1.1-1.5  as ``DEFAULT``, but the holes go back to the  1.03 (FCN) to 1.5 (ResNet); of the
+                           system before a step they leave no room for   zoo's models (docs/memory.md)
+                           (``stream.heap_guard``)
     ``BALANCED``  1.1-2.2  blocks from 1 MiB go back to the system when  1.04 (ViT) to 1.25 (ResNet)
                            freed; smaller ones come from the heap
     ``LEAN``      1.1-1.6  blocks from 256 KiB, and a heap from 1 MiB    1.6 (ResNet)
@@ -50,6 +53,7 @@ class MallocPolicy(Enum):
     """
 
     DEFAULT = "default"
+    GUARDED = "guarded"
     BALANCED = "balanced"
     LEAN = "lean"
     STRICT = "strict"
@@ -58,10 +62,13 @@ class MallocPolicy(Enum):
 _SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
     # glibc has no way back to learning; these are the values at which its learning ends.
     MallocPolicy.DEFAULT: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
+    MallocPolicy.GUARDED: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
     MallocPolicy.BALANCED: ((_M_MMAP_THRESHOLD, _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
     MallocPolicy.LEAN: ((_M_MMAP_THRESHOLD, 256 * _KIB), (_M_TRIM_THRESHOLD, _MIB)),
     MallocPolicy.STRICT: ((_M_MMAP_THRESHOLD, 64 * _KIB), (_M_TRIM_THRESHOLD, 128 * _KIB)),
 }
+
+KEEPING = (MallocPolicy.DEFAULT, MallocPolicy.GUARDED)  # what is freed stays in the heap
 
 _changed = False
 _holes = HeapHoles()
@@ -105,7 +112,7 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     _changed = True
     _holes.open()
     accepted = all(libc.mallopt(option, value) == 1 for option, value in _SETTINGS[wanted])
-    _fill_from = None if wanted is MallocPolicy.DEFAULT else dict(_SETTINGS[wanted])[_M_MMAP_THRESHOLD]
+    _fill_from = None if wanted in KEEPING else dict(_SETTINGS[wanted])[_M_MMAP_THRESHOLD]
     trim()
     return accepted
 

@@ -28,7 +28,7 @@ def project(out: UseTrace, trace: UseTrace, step: int, layers: list[TiledLayer],
 
     def note(part: float) -> None:
         out.flops[-1], out.traffic[-1] = flops * part, traffic * part
-        out.peaks[-1], out.largest[-1] = peak, trace.largest[step]
+        out.peaks[-1], out.largest[-1], out.fresh[-1] = peak, trace.largest[step], trace.fresh[step] + piece
 
     def go_over(layer: TiledLayer) -> None:
         for i, tile in enumerate(layer.tiles):

@@ -26,10 +26,13 @@ class Workspace:
     Attributes:
         columns: bytes of the unfolded input; 0 where oneDNN computes.
         nbytes: bytes in all.
+        kept: bytes on top of that where freed memory stays in the heap: oneDNN's copy of the input, which has gone
+            before the output is touched.
     """
 
     columns: int
     nbytes: int
+    kept: int = 0
 
 
 def workspace(
@@ -55,7 +58,8 @@ def workspace(
     if not backend.startswith("Slow"):
         if _is_channels_last(input):
             return Workspace(0, _bytes(weight))
-        return Workspace(0, blocked(_padded(input), _bytes(weight), _padded(output)) + transposed * _bytes(output))
+        sizes = _padded(input), _bytes(weight), _padded(output)
+        return Workspace(0, blocked(*sizes) + transposed * _bytes(output), min(sizes[0], sizes[2]))
     positions = prod(input.shape[2:]) if transposed else prod(output.shape[2:])
     channels = (output if transposed else input).shape[1]
     columns = channels // groups * prod(weight.shape[2:]) * positions * input.element_size()

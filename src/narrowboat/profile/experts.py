@@ -123,18 +123,20 @@ def without_experts(trace: UseTrace, experts: Experts, weights: Sequence[Weight]
     A product by groups may be made group by group: one result lies beside the output then.
     """
     gone = experts.weights
-    traffic, peaks = list(trace.traffic), list(trace.peaks)
+    traffic, peaks, fresh = list(trace.traffic), list(trace.peaks), list(trace.fresh)
     for step, used in enumerate(trace.uses):
         stacked = [w for w in used if w in gone]
         if stacked:
             traffic[step] = max(traffic[step] - sum(weights[w].entry.nbytes for w in stacked), 0.0)
             peaks[step] += trace.largest[step]
+            fresh[step] += trace.largest[step]
     return replace(
         trace,
         uses=[[w for w in used if w not in gone] for used in trace.uses],
         holds=[hold for hold in trace.holds if hold[0] not in gone],
         traffic=traffic,
         peaks=peaks,
+        fresh=fresh,
         activation_bytes=max([trace.activation_bytes, *peaks]),
     )
 

@@ -9,34 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from narrowboat.machine.malloc import MallocPolicy
+from narrowboat.machine.malloc import KEEPING, MallocPolicy
 from narrowboat.profile.measure import fault_rate
 from narrowboat.profile.use_trace import UseTrace
 
 # (multiple of the activation bytes, bytes on top): holes grow with the activations, small blocks and arenas do not.
 _RESERVE = {
     MallocPolicy.DEFAULT: (1.7, 24 << 20),
+    MallocPolicy.GUARDED: (1.05, 7 << 20),
     MallocPolicy.BALANCED: (1.1, 13 << 20),
     MallocPolicy.LEAN: (1.08, 9 << 19),
     MallocPolicy.STRICT: (1.08, 3 << 20),
 }
 # Share of its activations that one more thread's heap keeps as holes.
-_HOLES = {MallocPolicy.DEFAULT: 0.7, MallocPolicy.BALANCED: 0.3, MallocPolicy.LEAN: 0.2, MallocPolicy.STRICT: 0.0}
+_HOLES = {
+    MallocPolicy.DEFAULT: 0.7,
+    MallocPolicy.GUARDED: 0.7,
+    MallocPolicy.BALANCED: 0.3,
+    MallocPolicy.LEAN: 0.2,
+    MallocPolicy.STRICT: 0.0,
+}
 # Which of ``use_trace.PIECES`` is the least that a policy gives back.
-_PIECE_OF = {MallocPolicy.BALANCED: 2, MallocPolicy.LEAN: 1, MallocPolicy.STRICT: 0}
+_PIECE_OF = {MallocPolicy.GUARDED: 2, MallocPolicy.BALANCED: 2, MallocPolicy.LEAN: 1, MallocPolicy.STRICT: 0}
+_GIVEN_BACK = 0.5  # of the largest pieces, what a guarded heap faults in again
 
 
 def activation_parts(trace: UseTrace, policy: MallocPolicy) -> dict[str, int]:
     """Bytes to reserve for activations under an allocator policy, by name."""
     factor, floor = _RESERVE[policy]
-    return {"activations": trace.activation_bytes, "allocator": int(trace.activation_bytes * (factor - 1)) + floor}
+    reserve = int(trace.activation_bytes * (factor - 1)) + floor
+    if policy is MallocPolicy.GUARDED:
+        reserve += trace.kept_bytes - trace.activation_bytes
+    return {"activations": trace.activation_bytes, "allocator": reserve}
+
+
+def guarded_floor(trace: UseTrace) -> int:
+    """About the least that a guarded heap can be kept within, activations included; each step trims below it."""
+    return int(trace.kept_bytes * 1.02) + (5 << 20)
 
 
 def fault_seconds(trace: UseTrace, policy: MallocPolicy) -> float:
     """Seconds per pass that the policy spends on faulting memory in again."""
     if policy is MallocPolicy.DEFAULT:
         return 0.0
-    return trace.taken[_PIECE_OF[policy]] / fault_rate()
+    share = _GIVEN_BACK if policy is MallocPolicy.GUARDED else 1.0
+    return share * trace.taken[_PIECE_OF[policy]] / fault_rate()
 
 
 # A thread that computes has a stack, packing buffers and a heap of its own, and so has each thread of its OpenMP team:
@@ -63,6 +80,6 @@ def in_flight_bytes(trace: UseTrace, boundaries: Iterable[int], policy: MallocPo
     """
     carried = carried_bytes(trace, boundaries)
     holes = int(trace.activation_bytes * _HOLES[policy])
-    if policy is MallocPolicy.DEFAULT:
+    if policy in KEEPING:
         holes += trace.activation_bytes - min(carried, trace.activation_bytes)
     return int(carried * _RESERVE[MallocPolicy.STRICT][0]) + holes + _PER_WORKER + _PER_TEAM_THREAD * threads

@@ -29,8 +29,12 @@ class _Convolution:
     columns: int
     rows: int
 
-    def peak(self, weight: int, part: float, strips: int, layer: Any) -> int:
-        """The most bytes alive if it is made of tiles of ``weight`` bytes, ``part`` of the output each, in strips."""
+    def peak(self, weight: int, part: float, strips: int, layer: Any) -> tuple[int, int]:
+        """The most bytes alive if it is made of tiles of ``weight`` bytes, ``part`` of the output each, in strips.
+
+        Returns:
+            Those bytes, and how many of them are new (``UseTrace.fresh``), the output left out.
+        """
         source, columns, strip = self.input, self.columns, 0
         result = int(self.output * part) + 1
         if strips > 1:
@@ -40,7 +44,8 @@ class _Convolution:
             source = min(source, source * ((made - 1) * layer.stride[0] + reach) // (self.rows * layer.stride[0]))
             columns = int(columns / strips * 1.1)
             strip = source  # its rows lie apart, and are copied
-        return self.around + strip + result + (columns or blocked(source, weight, result))
+        new = strip + result + (columns or blocked(source, weight, result))
+        return self.around + new, new + (0 if columns else min(source, result))
 
 
 def _convolution(trace: UseTrace, step: int, weight: int) -> _Convolution:
@@ -65,9 +70,10 @@ def plan_strips(module: nn.Module, trace: UseTrace, target: int) -> dict[int, in
         worth = [n for n in _STRIPS if n * 2 <= sizes.rows and sizes.input // n >= _THIN]
         best = 1
         for n in worth:
-            if sizes.peak(sizes.weight, 1.0, n, layer) < trace.peaks[step]:
+            peak, _ = sizes.peak(sizes.weight, 1.0, n, layer)
+            if peak < trace.peaks[step]:
                 best = n
-                if sizes.peak(sizes.weight, 1.0, n, layer) <= target:
+                if peak <= target:
                     break
         if best > 1:
             found[number] = max(best, found.get(number, 1))
@@ -144,10 +150,10 @@ def _tile(out: UseTrace, trace: UseTrace, step: int, layer: TiledLayer, tiling: 
     widest = max((tiling.weights[t].entry.nbytes for t in layer.tiles), default=whole.nbytes)
     most = max((stop - start for start, stop in layer.slices), default=rows) / rows
     if layer.kind in CONVOLUTIONS and module.padding_mode == "zeros":
-        peak = _convolution(trace, step, whole.nbytes).peak(widest, most, layer.strips, module)
+        peak, fresh = _convolution(trace, step, whole.nbytes).peak(widest, most, layer.strips, module)
     else:
-        peak = trace.peaks[step] + int(output * most) + 1
-    out.peaks[-1] = peak
+        peak, fresh = trace.peaks[step] + int(output * most) + 1, int(output * most) + 1
+    out.peaks[-1], out.fresh[-1] = peak, fresh + output
     piece = int(output * most / layer.strips)
     if not layer.tiles:
         return piece
@@ -161,6 +167,7 @@ def _tile(out: UseTrace, trace: UseTrace, step: int, layer: TiledLayer, tiling: 
         # Every tile reads the input; its result is written, and copied to its place.
         out.traffic[-1] = shared + tiling.weights[tile].entry.nbytes + 3 * output * share
         out.flops[-1], out.peaks[-1], out.largest[-1] = flops * share, peak, int(output * share)
+        out.fresh[-1] = fresh + (0 if i else output)
         out.open_step((layer.first + i, EXIT))
     return piece
 

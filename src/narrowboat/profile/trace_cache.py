@@ -106,6 +106,7 @@ def load_trace(key: str) -> UseTrace | None:
             looked_up=[int(n) for n in kept["looked_up"]],
             workspaces=[int(n) for n in kept["workspaces"]],
             columns=[int(n) for n in kept["columns"]],
+            fresh=[int(n) for n in kept["fresh"]],
             rows=[int(n) for n in kept["rows"]],
             activation_bytes=int(kept["activation_bytes"]),
             taken=tuple(int(nbytes) for nbytes in kept["taken"]),

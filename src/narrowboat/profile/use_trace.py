@@ -38,7 +38,7 @@ PIECES = (
     256 << 10,
     1 << 20,
 )  # sizes from which on allocator policies give memory back
-_COUNTS = ("peaks", "largest", "looked_up", "workspaces", "columns", "rows")  # bytes and numbers, by step
+_COUNTS = ("peaks", "largest", "looked_up", "workspaces", "columns", "fresh", "rows")  # bytes and numbers, by step
 Event = tuple[int, int]  # (module number, ENTER or EXIT)
 
 
@@ -57,6 +57,7 @@ class UseTrace:
         looked_up: indices that embedding operators are given in each step.
         workspaces: bytes of the scratch memory that a convolution takes in each step (``profile.convolution``).
         columns: of those, of its unfolded input; 0 where oneDNN computes.
+        fresh: most bytes alive at once of what each step makes, where the heap keeps what is freed meanwhile.
         rows: rows (first spatial size) that convolutions make in each step.
         activation_bytes: most bytes of intermediate tensors and kernel workspaces alive at once, inputs included.
         taken: bytes allocated over the pass in pieces of at least the sizes ``PIECES``;
@@ -78,6 +79,7 @@ class UseTrace:
     looked_up: list[int] = field(default_factory=list)
     workspaces: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     activation_bytes: int = 0
     taken: tuple[int, ...] = (0,) * len(PIECES)
@@ -108,6 +110,11 @@ class UseTrace:
         if self.uses and weight not in self.uses[-1]:
             self.uses[-1].append(weight)
 
+    @property
+    def kept_bytes(self) -> int:
+        """The same as ``activation_bytes`` where nothing of what is freed within a step is used again in it."""
+        return max([self.activation_bytes, *map(sum, zip(self.alive, self.fresh, strict=False))])
+
     def execution_order(self) -> list[int]:
         """Weight numbers in order of first use."""
         return list(dict.fromkeys(w for step in self.uses for w in step))
@@ -127,6 +134,7 @@ class _Recorder(TorchDispatchMode):
         self.mode = mode
         self.alive = 0
         self.peak = 0
+        self.made = 0  # of those alive, in this step
         self.taken = [0] * len(PIECES)
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._made_in: dict[int, int] = {}  # id of a view of a weight -> step it was made in
@@ -142,6 +150,7 @@ class _Recorder(TorchDispatchMode):
         """Begin a step of the trace, and note what is alive at that moment."""
         self.trace.open_step(event)
         self.trace.alive.append(self.alive)
+        self.made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -192,11 +201,13 @@ class _Recorder(TorchDispatchMode):
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
         self.alive += nbytes
+        self.made += nbytes
         self._reach(self.alive)
         if self.trace.largest:
+            self.trace.fresh[-1] = max(self.trace.fresh[-1], self.made)
             self.trace.largest[-1] = max(self.trace.largest[-1], nbytes)
         self._take(nbytes)
-        weakref.finalize(storage, self._freed, nbytes)
+        weakref.finalize(storage, self._freed, nbytes, len(self.trace.events))
 
     def _reach(self, nbytes: int) -> None:
         self.peak = max(self.peak, nbytes)
@@ -208,8 +219,9 @@ class _Recorder(TorchDispatchMode):
             if nbytes >= least:
                 self.taken[at] += nbytes
 
-    def _freed(self, nbytes: int) -> None:
+    def _freed(self, nbytes: int, step: int) -> None:
         self.alive -= nbytes
+        self.made -= nbytes if step == len(self.trace.events) else 0
 
     def _cost(
         self,
@@ -237,6 +249,7 @@ class _Recorder(TorchDispatchMode):
             self._reach(self.alive + scratch.nbytes)
             self.trace.workspaces[step] = max(self.trace.workspaces[step], scratch.nbytes)
             self.trace.columns[step] = max(self.trace.columns[step], scratch.columns)
+            self.trace.fresh[step] = max(self.trace.fresh[step], self.made + scratch.nbytes + scratch.kept)
             self.trace.rows[step] = outputs[0].shape[2]
             for tensor in (*inputs, *outputs):
                 self._take(_nbytes(tensor))

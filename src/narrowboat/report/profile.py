@@ -18,6 +18,7 @@ from narrowboat.errors import ModelError
 from narrowboat.machine.malloc import MallocPolicy, allocator_name, set_malloc_policy, trim
 from narrowboat.machine.memory import memory_limits, process_memory, reset_peak, resident_bytes
 from narrowboat.profile.measured import MeasuredProfile, save_profile
+from narrowboat.profile.memory import guarded_floor
 from narrowboat.report.curve import pareto
 from narrowboat.stream.api import session, stream
 from narrowboat.stream.prepare import Prepared
@@ -29,7 +30,7 @@ log = logging.getLogger("narrowboat")
 _SETTLING = 3  # passes before what they take is believed
 _PIECE = 4 << 20  # bytes of one read of the storage measurement
 _SHARE = 0.8  # of the available memory
-_FRUGAL = (MallocPolicy.BALANCED, MallocPolicy.LEAN, MallocPolicy.STRICT)
+_FRUGAL = tuple(policy for policy in MallocPolicy if policy is not MallocPolicy.DEFAULT)
 _PER_POLICY = 3  # passes, the first of them to settle
 _TELLING = 2e-4  # seconds that a step takes at least, if it is to be told apart
 _MOST_SLOWED = 2.0
@@ -114,9 +115,14 @@ def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredP
     Args:
         besides: bytes of the process that are no session's.
     """
+    prepared = handle.prepared
+    assert prepared.trace is not None
+    tight = handle.plan.arena_bytes + sum(prepared.fixed_parts.values()) + guarded_floor(prepared.trace) + besides
     try:
         for policy in _FRUGAL:
             set_malloc_policy(policy)
+            prepared.policy = policy
+            handle.guard.allowed = tight
             run()
             reset_peak()
             seconds = sum(_steps(handle, run, _PER_POLICY - 1))
@@ -124,6 +130,7 @@ def _measure_frugal(handle: Session, run: Callable[[], Any], measured: MeasuredP
             # Giving memory back makes nothing faster: what looks so is the machine's other work.
             measured.paces[policy.value] = max(seconds, measured.paces[MallocPolicy.DEFAULT.value])
     finally:
+        prepared.policy, handle.guard.allowed = MallocPolicy.DEFAULT, None
         set_malloc_policy(MallocPolicy.DEFAULT)
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from narrowboat.stream.engine import Engine
     from narrowboat.stream.memory_watch import MemoryWatch
 
-_KEEPS_HOLES = (MallocPolicy.DEFAULT, MallocPolicy.BALANCED)
-_WATCHED = 0.5  # steps whose peak is at least this share of the pass's
-_SMALL = 256 << 10  # bytes; a trim that gives back less is not worth another one in the same pass
+# By policy, the steps that are watched: those whose peak is at least this share of the pass's.
+_WATCHED = {MallocPolicy.DEFAULT: 0.5, MallocPolicy.GUARDED: 0.0, MallocPolicy.BALANCED: 0.5}
+_SMALL = 256 << 10  # bytes that a step takes, or a trim gives back, which are not worth one
 _SPARE = 256 << 10  # bytes by which the kernel's count of pages may be behind
 
 
@@ -33,16 +33,18 @@ class HeapGuard:
         engine: whose steps.
 
     Attributes:
+        allowed: bytes over the baseline that the steps are kept within; None for the budget.
         trims: times the heap's holes were given back within a pass.
     """
 
     def __init__(self, memory: MemoryWatch, engine: Engine) -> None:
+        self.allowed: int | None = None
         self.trims = 0
         self._memory, self._engine = memory, engine
-        self._trace: UseTrace | None = None
+        self._of: tuple[UseTrace | None, MallocPolicy] | None = None
         self._takes: dict[int, int] = {}
         self._limit = 0
-        self._useless = False
+        self._left = 0
 
     def hook(
         self, trace: UseTrace | None, policy: MallocPolicy, budget: int, alone: bool
@@ -56,10 +58,12 @@ class HeapGuard:
             alone: no other session's bytes are among those that the kernel counts.
         """
         blind = self._memory.blind(budget)
-        if trace is not self._trace:
-            self._trace, self._takes = trace, heavy_steps(trace)
-        self._limit, self._useless = self._memory.baseline + budget - _SPARE, False
-        if self._takes and alone and policy in _KEEPS_HOLES:
+        if self._of is None or self._of[0] is not trace or self._of[1] is not policy:
+            self._of = trace, policy
+            self._takes = heavy_steps(trace, _WATCHED[policy]) if policy in _WATCHED else {}
+        self._limit = self._memory.baseline + (budget if self.allowed is None else self.allowed) - _SPARE
+        self._left = 0
+        if self._takes and alone:
             return self._sample_and_look if blind else self._look
         return self._memory.sample if blind else None
 
@@ -69,23 +73,25 @@ class HeapGuard:
 
     def _look(self) -> None:
         takes = self._takes.get(self._engine.pos + 1)
-        if takes is None or self._useless:
+        if takes is None:
             return
-        before = resident_bytes()
-        if before + takes <= self._limit:
-            return
-        trim(refill=False)
-        self.trims += 1
-        self._useless = before - resident_bytes() < _SMALL
+        held = resident_bytes()
+        # What the last trim could not give back, the next one cannot either.
+        if held + takes > self._limit and held - self._left >= _SMALL:
+            trim(refill=False)
+            self.trims += 1
+            self._left = resident_bytes()
 
 
-def heavy_steps(trace: UseTrace | None) -> dict[int, int]:
-    """The steps near the peak of a pass, each with the bytes it takes on top of what is alive as it begins."""
-    if trace is None or len(trace.alive) != len(trace.peaks):
+def heavy_steps(trace: UseTrace | None, share: float = 0.0) -> dict[int, int]:
+    """The steps that take memory, each with the most bytes it may take.
+
+    Args:
+        trace: of the pass.
+        share: of the pass's peak that the step's has to reach.
+    """
+    if trace is None:
         return {}
-    least = _WATCHED * trace.activation_bytes
-    return {
-        step: peak - alive
-        for step, (peak, alive) in enumerate(zip(trace.peaks, trace.alive, strict=True))
-        if peak >= least and peak - alive >= _SMALL
-    }
+    least = max(int(share * trace.activation_bytes), 1)
+    reach = zip(trace.alive, trace.fresh, strict=False)
+    return {step: fresh for step, (alive, fresh) in enumerate(reach) if fresh >= _SMALL and alive + fresh >= least}

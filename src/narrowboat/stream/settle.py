@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from narrowboat.errors import BudgetError, NarrowboatError, StreamedModelError
-from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy, trim
+from narrowboat.machine.malloc import set_malloc_policy, trim
 from narrowboat.plan.make import retime
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.quantities import format_bytes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrowboat")
 # What is kept free over the memory that was seen to be taken beside the weights: holes in the heap come and go.
-_MARGIN = {MallocPolicy.DEFAULT: 1.25, MallocPolicy.BALANCED: 1.25, MallocPolicy.LEAN: 1.1, MallocPolicy.STRICT: 1.1}
+_MARGIN = 1.1
 _MOST_LEFT, _STEP = 8 << 20, 256 << 10  # bytes
 _WORTH_MOVING = 0.02  # predicted gain for which the resident set is read again
 _WORTH_SPARING, _NO_LOSS = 0.1, 0.002  # or a share of the reading that a plan as quick does without
@@ -142,7 +142,7 @@ def _correct_reserve(session: Session) -> bool:
     if not session.memory.answered and session.memory.certain:
         experts = session.experts.most if session.experts is not None else 0  # the cache may not have filled yet
         taken = session.memory.recent - session.plan.arena_bytes - experts
-        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN[prepared.policy]) - NOISE
+        spare = session.plan.fixed_bytes - session.plan.expert_bytes - int(taken * _MARGIN) - NOISE
         if spare > session.budget // 50:
             prepared.correct(-spare)
     return False

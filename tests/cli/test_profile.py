@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from narrowboat.machine.malloc import MallocPolicy
+
 MODEL = "tiny_model:factory"
 WEIGHTS = ("--weights", "tiny.safetensors")
 
@@ -26,7 +28,7 @@ def test_blocks_are_measured_alone_and_beside_reading(narrowboat: Any, tiny: Pat
     assert sum(told["step_seconds"]) > 0
     assert told["table"]
     # Under each allocator policy: the bytes beside the weights, and the pace.
-    assert set(told["needs"]) == set(told["paces"]) == {"default", "balanced", "lean", "strict"}
+    assert set(told["needs"]) == set(told["paces"]) == {policy.value for policy in MallocPolicy}
     assert min(told["paces"].values()) == told["paces"]["default"]
     assert all(factor >= 1 for factor in told["slowed"])
     assert set(told["identity"]) == {"weights", "model and inputs", "torch", "threads", "processor"}

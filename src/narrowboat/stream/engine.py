@@ -115,13 +115,13 @@ class Engine:
     # -- plans -----------------------------------------------------------------------------------
 
     def adopt(self, plan: Plan, blocks: list[BlockState], trace: UseTrace | None, slab: Slab) -> None:
-        """Put ``plan`` in force: every block gets its place, and views are bound to it.
+        """Put ``plan`` in force: every block gets its place.
 
         Blocks of the plan before have to be out (``let_go``).
         """
         self.blocks = blocks
         self._block_of = {weight.index: block for block in blocks for weight in block.weights}
-        self._swapper.use(slab, blocks, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
+        self._swapper.use(slab, max(plan.budget - plan.fixed_bytes - plan.arena_bytes, 0))
         self._swapper.held_besides = plan.fixed_bytes
         self.events = trace.events if trace is not None else []
         self.where = {}
@@ -391,8 +391,8 @@ class Engine:
             self.waited(block.name, before, after)
         if self.on_arrival is not None:
             self._inspect(block)
-        if self.observed is None:  # else every operator has to meet the stand-ins, or its use goes unseen
-            block.show()
+        # Not shown where every operator has to meet the stand-ins, or its use goes unseen.
+        self._swapper.put_in(block, show=self.observed is None)
 
     def waited(self, name: str, before: float, after: float) -> None:
         """Show a wait for ``name`` in the trace; one in the middle of a step is not computing."""
@@ -437,7 +437,7 @@ class Engine:
             self._prefetcher.unclaim()
             for block in residents:
                 self._inspect(block)
-                block.show()
+                self._swapper.put_in(block)
             self._prefetcher.arrange([hold for hold in self._holds if not hold[2].resident])
             self._has_residents = False
             self._prefetcher.advance()

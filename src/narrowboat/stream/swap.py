@@ -30,14 +30,21 @@ class Swapper:
         self.room_off_plan = 0
         self.held_besides = 0
 
-    def use(self, slab: Slab, blocks: list[BlockState], room_off_plan: int) -> None:
-        """Bind the views of ``blocks`` to their places in ``slab``."""
+    def use(self, slab: Slab, room_off_plan: int) -> None:
+        """Blocks have their places in ``slab`` from now on."""
         self._slab = slab
         # Two percent, or a mebibyte: rounding must not refuse what the plan's author would have allowed.
         self.room_off_plan = room_off_plan + max(1 << 20, slab.nbytes // 50)
-        for block in blocks:
-            if block.offset is not None and not block.bound:
-                block.bind(slab, block.offset)
+
+    def put_in(self, block: BlockState, *, show: bool = True) -> None:
+        """A block is in: have views of its place, and let the model see them.
+
+        They are made when it is first used, so that a change of plan need not wait for all of them.
+        """
+        if not block.bound:
+            self._rebind(block)
+        if show:
+            block.show()
 
     def submit(self, block: BlockState, *, urgent: bool = False) -> None:
         """Start reading a block whose place is free."""
@@ -86,7 +93,8 @@ class Swapper:
         block.state, block.job = State.OUT, None
         written = ""
         block.shown = False
-        for weight in block.weights:  # shown or not: an operator that met a stand-in may have made a view
+        # Shown or not: an operator that met a stand-in may have made a view.
+        for weight in block.weights if block.bound else ():
             kept = False
             for slot in weight.slots:
                 written = written or (weight.name if slot.written else "")

@@ -75,6 +75,8 @@ def check_single(cell: dict[str, Any], where: str) -> list[Verdict]:
             f"{ratio:.3f} x, by bytes it read {_number(row['own_bound_ratio'])} x; "
             f"reading {format_seconds(cell['must_read_s'])}, computing {format_seconds(plain)}"
         )
+        if row["plan_bound_s"]:
+            numbers += f"; no plan in this budget could do it in less than {format_seconds(row['plan_bound_s'])}"
     return [
         {
             "what": f"within {NEAR_BOUND:.2f} x of max(plain computing, reading what must be read)",

@@ -54,9 +54,7 @@ def _cell(result: dict[str, Any], budget: dict[str, Any]) -> Cell:
         "must_read_s": must_read / bandwidth,
         "bound_s": bound,
         "rows": {
-            s: _row(
-                [r for r in at_budget if r["subject"] == s], residents, must_read / bandwidth, bandwidth, reference
-            )
+            s: _row([r for r in at_budget if r["subject"] == s], residents, must_read, bandwidth, reference)
             for s in subjects
         },
     }
@@ -85,6 +83,7 @@ def _row(
         statistics.median(s["bytes_read"][len(s["bytes_read"]) // 2 :]) for s in stats if s.get("bytes_read")
     )
     predicted = _median(s.get("predicted_latency_ms") for s in stats)
+    no_plan = _median(s.get("bound_ms") for s in stats)
     plain = {r["round"]: r for r in residents}
 
     def over(key: str, at_least: float = 0.0) -> float | None:
@@ -104,6 +103,7 @@ def _row(
         "first_ratio": over("first_s"),
         "bytes_read": read,
         "predicted_s": predicted / 1e3 if predicted is not None else None,
+        "plan_bound_s": no_plan / 1e3 if no_plan is not None else None,
         "prediction_ratio": _ratio(steady, predicted / 1e3 if predicted is not None else None),
         "peak_bytes": max((r["peak_bytes"] for r in records if r["peak_bytes"] is not None), default=None),
         "charged_peak_bytes": max(

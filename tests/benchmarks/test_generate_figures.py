@@ -190,6 +190,7 @@ def test_a_map_is_asked_for_a_gain_only_where_reading_allows_it() -> None:
 
 def test_a_single_pass_is_held_against_its_bound() -> None:
     row = {"bound_ratio": 1.09, "own_bound_ratio": 1.0, "status": "ok", "detail": "", "exact": True, "difference": 0.0}
+    row["plan_bound_s"] = 0.54
     cell = {"rows": {"narrowboat": row}, "resident_s": 0.3, "must_read_s": 0.5}
     assert all(verdicts(check_single(cell, "vgg19")).values())
     row["bound_ratio"] = 1.11

@@ -35,6 +35,13 @@ def test_a_table_prints_brackets_as_they_are(capsys: pytest.CaptureFixture[str])
     assert "[red]x[/]" in out
 
 
+def test_a_factory_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("models:factory: its blocks", ["name"], [["package:rocket:"]])
+    out = capsys.readouterr().out
+    assert "models:factory: its" in out  # and wraps
+    assert "package:rocket:" in out
+
+
 def test_a_progress_bar_prints_nothing_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("packing") as progress:
         progress(1, 2)

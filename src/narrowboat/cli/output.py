@@ -22,12 +22,12 @@ _WIDTH_OF_A_FILE = 160
 
 def console() -> Console:
     """The console on stdout."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE, emoji=False)  # "model:factory:" is a name
 
 
 def error_console() -> Console:
     """The console on stderr."""
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def print_error(message: str) -> None:

@@ -28,6 +28,7 @@ def collect(session: Session) -> dict[str, Any]:
     median_latency_ms        ms      median over the complete passes after the first two
     predicted_latency_ms     ms      of the plan in force, steady state
     predicted_stall_ms       ms      of the plan in force
+    bound_ms                 ms      what no plan within the budget can beat, by the same times (``plan.bound``)
     block_stall_ms           ms      by block, in the last pass
     budget_bytes             bytes   the budget
     min_budget_bytes         bytes   the smallest that would do
@@ -84,6 +85,7 @@ def collect(session: Session) -> dict[str, Any]:
         "median_latency_ms": statistics.median(settled) * 1e3 if settled else None,
         "predicted_latency_ms": plan.predicted_latency * 1e3,
         "predicted_stall_ms": plan.timing.stall * 1e3,
+        "bound_ms": plan.lower_bound * 1e3,
         "block_stall_ms": {
             plan.blocks[i].name: seconds * 1e3
             for i, seconds in (records[-1].stall_by_block if records else {}).items()

@@ -12,6 +12,7 @@ import narrowboat as nb
 from inference_kit.children import Emit
 from inference_kit.materials import Material
 from inference_kit.measure import digest_of
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.profile.warmup import warm_up
 from narrowboat.report.foresee import foresee
@@ -40,6 +41,7 @@ def everything_in(emit: Emit, files: Material, passes: int) -> None:
     from safetensors.torch import load_file
 
     warm_up()
+    set_malloc_policy(MallocPolicy.DEFAULT)  # plain PyTorch's; warming up leaves the strict one in force
     model = files.model().eval()
     model.load_state_dict(load_file(files.plain), assign=True)
     model = _settled_copy(model)

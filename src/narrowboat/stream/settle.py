@@ -121,7 +121,8 @@ def note_left_behind(session: Session) -> int:
         trim()
         more = session.beside_weights() - prepared.at_rest
         # The program's own results and models are not the session's; small change is noise.
-        prepared.left_behind = min(max(more, 0), _MOST_LEFT) // _STEP * _STEP
+        left = min(max(more, 0), _MOST_LEFT) // _STEP * _STEP
+        prepared.left_behind = left + NOISE if left else 0  # and passes to come stir the heap once more
     return prepared.left_behind - before
 
 

@@ -95,10 +95,10 @@ def test_holes_that_grow_again_go_back_again(monkeypatch: pytest.MonkeyPatch) ->
     assert heap.trims == 2
 
 
-@pytest.mark.parametrize("policy", [MallocPolicy.LEAN, MallocPolicy.STRICT])
-def test_policies_without_large_holes_are_left_alone(policy: MallocPolicy) -> None:
+@pytest.mark.parametrize("policy", MallocPolicy)
+def test_all_policies_but_the_one_without_holes_are_watched(policy: MallocPolicy) -> None:
     of, _ = guard()
-    assert of.hook(trace((4, 10)), policy, MIB, True) is None
+    assert (of.hook(trace((4, 10)), policy, MIB, True) is None) == (policy is MallocPolicy.STRICT)
 
 
 def test_nothing_is_concluded_from_a_process_with_other_sessions() -> None:

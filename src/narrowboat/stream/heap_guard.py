@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from narrowboat.stream.memory_watch import MemoryWatch
 
 # By policy, the steps that are watched: those whose peak is at least this share of the pass's.
-_WATCHED = {MallocPolicy.DEFAULT: 0.5, MallocPolicy.GUARDED: 0.0, MallocPolicy.BALANCED: 0.5}
+_WATCHED = {
+    MallocPolicy.DEFAULT: 0.5,
+    MallocPolicy.GUARDED: 0.0,
+    MallocPolicy.BALANCED: 0.5,
+    MallocPolicy.LEAN: 0.0,
+}
 _SMALL = 256 << 10  # bytes that a step takes, or a trim gives back, which are not worth one
 _SPARE = 256 << 10  # bytes by which the kernel's count of pages may be behind
 

@@ -23,7 +23,7 @@ from narrowboat.stream.prepare import Prepared
 _ANY = 1 << 62  # a budget that holds anything
 _PER_CELL = 2 << 10  # bytes of one expert's place in the cache: objects, views, routing counts
 _PER_TILE = 12 << 10  # bytes of a tile's weight (see ``stream.prepare``), its module and its wrapper
-_STRIPS = 1 << 20  # bytes that the heap keeps between strips
+_STRIPS = 5 << 19  # bytes that the heap keeps between strips
 _TRIED = 3  # sizes that are compared by predicted latency
 _WORTH_ROWS = 16 << 20  # bytes of a table from which on it is worth a read per token
 _PEAKS = (0.8, 0.65, 0.5)  # shares of the untiled peak of activations that strips are made for

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # By policy, the steps that are watched: those whose peak is at least this share of the pass's.
 _WATCHED = {
-    MallocPolicy.DEFAULT: 0.5,
+    MallocPolicy.DEFAULT: 0.0,
     MallocPolicy.GUARDED: 0.0,
-    MallocPolicy.BALANCED: 0.5,
+    MallocPolicy.BALANCED: 0.0,
     MallocPolicy.LEAN: 0.0,
 }
 _SMALL = 256 << 10  # bytes that a step takes, or a trim gives back, which are not worth one

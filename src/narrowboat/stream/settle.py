@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("narrowboat")
 # What is kept free over the memory that was seen to be taken beside the weights: holes in the heap come and go.
-_MARGIN = 1.1
+_MARGIN = 1.25
 _MOST_LEFT, _STEP = 8 << 20, 256 << 10  # bytes
 _WORTH_MOVING = 0.02  # predicted gain for which the resident set is read again
 _WORTH_SPARING, _NO_LOSS = 0.1, 0.002  # or a share of the reading that a plan as quick does without

@@ -402,11 +402,13 @@ def prepare(
     """
     before, loaded = process_memory().rss, len(sys.modules)
     module = build_skeleton(model)
-    # What a factory imports (transformers: 150 MiB) is the process's, like torch; a skeleton itself is small.
-    libraries = max(process_memory().rss - before, 0) if len(sys.modules) > loaded else 0
+    built = process_memory().rss - before if len(sys.modules) > loaded else 0
     index = weights if isinstance(weights, WeightsIndex) else open_index(weights)
     index.require_streamable()
     matched = match_weights(module, index, strict=strict)
+    bookkeeping = _PER_WEIGHT * len(matched.weights)
+    # What a factory imports (transformers: 150 MiB) is the process's, like torch; the skeleton is the session's.
+    libraries = max(built - bookkeeping, 0)
     trace: UseTrace | None = None
     unfused: UseTrace | None = None
     measured: MeasuredProfile | None = None
@@ -442,7 +444,7 @@ def prepare(
     if not index.packed:
         storage = storage.for_copies()
         parts["staging"] = storage.staging_bytes
-    parts["bookkeeping"] = _PER_WEIGHT * len(matched.weights)
+    parts["bookkeeping"] = bookkeeping
     return Prepared(
         module,
         index,

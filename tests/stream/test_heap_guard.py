@@ -109,7 +109,6 @@ def test_nothing_is_concluded_from_a_process_with_other_sessions() -> None:
 def test_steps_are_watched_by_what_they_make() -> None:
     steps = trace((0, 0), (2, 10), (12, 1), (1, 3))
     assert heavy_steps(steps) == {1: 10 * MIB, 2: 1 * MIB, 3: 3 * MIB}
-    assert heavy_steps(steps, 0.5) == {1: 10 * MIB, 2: 1 * MIB}
     assert heavy_steps(None) == {}
 
 

@@ -59,10 +59,11 @@ class MallocPolicy(Enum):
     STRICT = "strict"
 
 
+# glibc has no way back to learning; these are the values at which its learning ends.
+_GLIBC_LARGEST = ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB))
 _SETTINGS: dict[MallocPolicy, tuple[tuple[int, int], ...]] = {
-    # glibc has no way back to learning; these are the values at which its learning ends.
-    MallocPolicy.DEFAULT: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
-    MallocPolicy.GUARDED: ((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
+    MallocPolicy.DEFAULT: _GLIBC_LARGEST,
+    MallocPolicy.GUARDED: _GLIBC_LARGEST,
     MallocPolicy.BALANCED: ((_M_MMAP_THRESHOLD, _MIB), (_M_TRIM_THRESHOLD, 64 * _MIB)),
     MallocPolicy.LEAN: ((_M_MMAP_THRESHOLD, 256 * _KIB), (_M_TRIM_THRESHOLD, _MIB)),
     MallocPolicy.STRICT: ((_M_MMAP_THRESHOLD, 64 * _KIB), (_M_TRIM_THRESHOLD, 128 * _KIB)),

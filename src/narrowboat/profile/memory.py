@@ -57,8 +57,9 @@ def fault_seconds(trace: UseTrace, policy: MallocPolicy) -> float:
 
 
 # A thread that computes has a stack, packing buffers and a heap of its own, and so has each thread of its OpenMP team:
-# 1.1 to 1.7 MiB was seen with one thread per operator and 1.9 MiB with two (matrix product, convolution, softmax).
-_PER_WORKER, _PER_TEAM_THREAD = 1 << 20, 1 << 20
+# 1.1 to 1.7 MiB was seen with one thread per operator and 1.9 MiB with two (matrix product, convolution, softmax), and
+# once, with four more inputs on the way beside a busy machine, 0.2 MiB more each than 3 MiB.
+_PER_WORKER, _PER_TEAM_THREAD = 5 << 18, 1 << 20
 
 
 def carried_bytes(trace: UseTrace, boundaries: Iterable[int]) -> int:

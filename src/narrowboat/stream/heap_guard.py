@@ -19,13 +19,8 @@ if TYPE_CHECKING:
     from narrowboat.stream.engine import Engine
     from narrowboat.stream.memory_watch import MemoryWatch
 
-# By policy, the steps that are watched: those whose peak is at least this share of the pass's.
-_WATCHED = {
-    MallocPolicy.DEFAULT: 0.0,
-    MallocPolicy.GUARDED: 0.0,
-    MallocPolicy.BALANCED: 0.0,
-    MallocPolicy.LEAN: 0.0,
-}
+# The policies that keep what was freed; the strict one gives everything back at once.
+_WATCHED = frozenset(MallocPolicy) - {MallocPolicy.STRICT}
 _SMALL = 256 << 10  # bytes that a step takes, or a trim gives back, which are not worth one
 _SPARE = 256 << 10  # bytes by which the kernel's count of pages may be behind
 
@@ -65,7 +60,7 @@ class HeapGuard:
         blind = self._memory.blind(budget)
         if self._of is None or self._of[0] is not trace or self._of[1] is not policy:
             self._of = trace, policy
-            self._takes = heavy_steps(trace, _WATCHED[policy]) if policy in _WATCHED else {}
+            self._takes = heavy_steps(trace) if policy in _WATCHED else {}
         self._limit = self._memory.baseline + (budget if self.allowed is None else self.allowed) - _SPARE
         self._left = 0
         if self._takes and alone:
@@ -88,15 +83,8 @@ class HeapGuard:
             self._left = resident_bytes()
 
 
-def heavy_steps(trace: UseTrace | None, share: float = 0.0) -> dict[int, int]:
-    """The steps that take memory, each with the most bytes it may take.
-
-    Args:
-        trace: of the pass.
-        share: of the pass's peak that the step's has to reach.
-    """
+def heavy_steps(trace: UseTrace | None) -> dict[int, int]:
+    """The steps of a pass that take memory worth a trim, each with the most bytes it may take."""
     if trace is None:
         return {}
-    least = max(int(share * trace.activation_bytes), 1)
-    reach = zip(trace.alive, trace.fresh, strict=False)
-    return {step: fresh for step, (alive, fresh) in enumerate(reach) if fresh >= _SMALL and alive + fresh >= least}
+    return {step: fresh for step, fresh in enumerate(trace.fresh) if fresh >= _SMALL}

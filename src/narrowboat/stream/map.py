@@ -29,7 +29,7 @@ from narrowboat.errors import (
     UsageError,
     WeightsChangedError,
 )
-from narrowboat.machine.malloc import set_malloc_policy
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
 from narrowboat.plan.group import choose_group
 from narrowboat.plan.result import Plan
 from narrowboat.profile.workload import Group
@@ -42,7 +42,6 @@ from narrowboat.stream.settle import note_left_behind
 from narrowboat.stream.watch import Picture
 
 if TYPE_CHECKING:
-    from narrowboat.machine.malloc import MallocPolicy
     from narrowboat.stream.session import Session
 
 log = logging.getLogger("narrowboat")
@@ -51,7 +50,7 @@ _LOOKS = 16  # at so many gates of the first pass the model's own state is looke
 _PROBES = 2  # the first pass may build what later ones find
 Call = Callable[[], Any]
 Outcome = tuple[Any, BaseException | None]
-Decision = tuple[Plan, list[Group], "MallocPolicy"]
+Decision = tuple[Plan, list[Group], MallocPolicy]
 
 
 class Maps:

@@ -49,7 +49,7 @@ _MISFIT = (
     "to have the same number of channels",
 )
 _CONTENTION = 0.08  # where it was not measured: 0 to 0.17 were seen in the zoo's models on two cores
-# Over the most that a profile's passes took beside the weights; where nobody watches the holes, they may yet grow.
+# Over the most that a profile's passes took beside the weights: the less is kept, the less varies.
 _NEED_MARGIN = {
     MallocPolicy.DEFAULT: 1.1,
     MallocPolicy.GUARDED: 1.02,

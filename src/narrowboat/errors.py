@@ -106,3 +106,27 @@ class MapError(NarrowboatError):
 
 class ModelError(NarrowboatError):
     """The model cannot be built or traced: bad factory, wrong example inputs."""
+
+
+class TaskSpecError(NarrowboatError):
+    """A description of tasks cannot be used: which line, which field, and what is allowed there."""
+
+
+class TraceFormatError(NarrowboatError):
+    """A file is no trace of a run of tasks, or not a whole one."""
+
+
+class AdmissionError(NarrowboatError):
+    """The tasks do not fit the budget, or a deadline could be missed; nothing was changed.
+
+    Attributes:
+        verdict: the whole answer, with its reasons.
+    """
+
+    def __init__(self, message: str, verdict: object = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+class ExecutorError(NarrowboatError):
+    """The process that runs the tasks ended by itself, or could not be started."""

@@ -1,0 +1,1 @@
+"""Many models in one budget, with deadlines that are kept."""

@@ -20,7 +20,7 @@ from narrowboat.tasks.policy.paging import DemandPaging
 from narrowboat.tasks.policy.volume import VolumeSwap
 from narrowboat.tasks.record import Record
 from narrowboat.tasks.simulate import Simulation, WorstCosts, periodic
-from tests.tasks.tasks_kit import RandomCosts, facts, random_set
+from tasks_kit import RandomCosts, facts, random_set
 
 CHUNK = 2
 

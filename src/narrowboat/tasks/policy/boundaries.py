@@ -73,6 +73,14 @@ class BlockBoundaries:
         task = waiting.task if waiting is not None else view.upcoming
         if task is None or not task.loads[0]:
             return ()
-        if view.free_bytes is not None and view.free_bytes < task.nbytes[0]:
+        if view.free_bytes is not None and view.free_bytes - _about_to_take(running) < task.nbytes[0]:
             return ()
         return (Action(Do.PREFETCH, task),)
+
+
+def _about_to_take(running: Job | None) -> int:
+    """Bytes that the segment which begins now takes and nobody has counted yet."""
+    if running is None:
+        return 0
+    fresh = running.task.nbytes[running.computed] if running.loaded <= running.computed else 0
+    return fresh + (running.task.activation_bytes if running.started is None else 0)

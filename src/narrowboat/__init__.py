@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from narrowboat.stream.api import session, stream
     from narrowboat.stream.pretrained import stream_pretrained
     from narrowboat.stream.session import Session
+    from narrowboat.tasks.task_set import TaskSet
 
 __version__ = "0.1.0"
 
-__all__ = ["BudgetError", "NarrowboatError", "Session", "errors", "pack", "session", "stream", "stream_pretrained"]
+__all__ = ["BudgetError", "NarrowboatError", "Session", "TaskSet", "errors", "pack", "session", "stream", "stream_pretrained"]
 
 _LAZY = {
     "Session": "narrowboat.stream.session:Session",
+    "TaskSet": "narrowboat.tasks.task_set:TaskSet",
     "pack": "narrowboat.checkpoint:pack",
     "session": "narrowboat.stream.api:session",
     # The package itself, which can be called: see `_callable_module`.

@@ -108,7 +108,7 @@ class ModelError(NarrowboatError):
     """The model cannot be built or traced: bad factory, wrong example inputs."""
 
 
-class TaskSpecError(NarrowboatError):
+class TaskSpecError(UsageError):
     """A description of tasks cannot be used: which line, which field, and what is allowed there."""
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from narrowboat.errors import TraceFormatError
+from narrowboat.errors import StorageError, TraceFormatError
+from narrowboat.machine.cache import write_durably
 
 FORMAT = "narrowboat tasks trace 1"
 
@@ -131,6 +132,17 @@ class Record:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TraceFormatError(f"{where} is no whole trace of tasks: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that :meth:`load` and ui.perfetto.dev read.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            write_durably(Path(path), json.dumps(self.as_json()))
+        except OSError as error:
+            raise StorageError(f"cannot write the trace {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Record:

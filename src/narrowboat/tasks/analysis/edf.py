@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from narrowboat.tasks.analysis.busy import busy_interval
-from narrowboat.tasks.analysis.model import Supply, Task, Times, others
+from narrowboat.tasks.analysis.model import Supply, Task, Times, background_segment, others, promised
 from narrowboat.tasks.analysis.solution import Response, worst_offset
 
 
@@ -38,15 +38,16 @@ class Violation:
 
 def _blocker(tasks: Sequence[Task], deadline: int) -> tuple[int, str]:
     """The longest segment, less one unit, of a task with a later deadline; and whose it is."""
-    longest = max((task for task in tasks if task.deadline > deadline), key=lambda task: task.longest, default=None)
+    later = (task for task in tasks if task.background or task.deadline > deadline)
+    longest = max(later, key=lambda task: task.longest, default=None)
     return (longest.longest - 1, longest.name) if longest is not None and longest.longest > 1 else (0, "")
 
 
 def _blocking(tasks: Sequence[Task], deadlines: Times) -> Times:
     """The same for many deadlines, by a step function over the tasks' own."""
-    ordered = sorted(tasks, key=lambda task: task.deadline)
-    # Longest among those from here on; nobody's after the last.
-    tails = np.zeros(len(ordered) + 1, dtype=np.int64)
+    ordered = sorted(promised(tasks), key=lambda task: task.deadline)
+    # Longest among those from here on; only the background's after the last.
+    tails = np.full(len(ordered) + 1, background_segment(tasks), dtype=np.int64)
     for place in range(len(ordered) - 1, -1, -1):
         tails[place] = max(int(tails[place + 1]), ordered[place].longest - 1)
     steps = np.array([task.deadline for task in ordered], dtype=np.int64)
@@ -55,9 +56,14 @@ def _blocking(tasks: Sequence[Task], deadlines: Times) -> Times:
 
 def _interval(tasks: Sequence[Task], task: Task, supply: Supply) -> int | None:
     """Bound on the busy interval of any job of the task."""
+    begun_before = background_segment(tasks)
+    tasks = promised(tasks)
     arrivals = busy_interval(tasks, supply)
     if arrivals is None or supply.ideal:
         return arrivals
+    with_background = busy_interval(tasks, supply, begun_before)
+    if with_background is None:
+        return None
     # With a processor that is not always there, an interval may begin with a segment of a later deadline.
     begun = [
         other.longest
@@ -70,7 +76,7 @@ def _interval(tasks: Sequence[Task], task: Task, supply: Supply) -> int | None:
         for other in tasks
         if other.deadline > task.deadline
     ]
-    return max([arrivals, *begun])
+    return max([with_background, *begun])
 
 
 def response(tasks: Sequence[Task], task: Task, supply: Supply = Supply()) -> Response:  # noqa: B008
@@ -84,7 +90,8 @@ def response(tasks: Sequence[Task], task: Task, supply: Supply = Supply()) -> Re
     length = _interval(tasks, task, supply)
     if length is None:
         return Response(task.name, None)
-    rest = list(others(tasks, task))
+    everybody = list(others(tasks, task))
+    rest = promised(everybody)
     points = [task.arrival.offsets(length)]
     for other in rest:
         shift = other.deadline - task.deadline
@@ -93,7 +100,7 @@ def response(tasks: Sequence[Task], task: Task, supply: Supply = Supply()) -> Re
             points.append(np.array([shift], dtype=np.int64))
     offsets = np.unique(np.concatenate(points))
     offsets = offsets[(offsets >= 0) & (offsets < length)]
-    blocking = _blocking(rest, offsets + task.deadline)
+    blocking = _blocking(everybody, offsets + task.deadline)
 
     def interference(ends: Times) -> Times:
         work = np.zeros_like(ends)
@@ -105,7 +112,7 @@ def response(tasks: Sequence[Task], task: Task, supply: Supply = Supply()) -> Re
     if found is None:
         return Response(task.name, None)
     bound, offset = found
-    blocked, blocker = _blocker(rest, offset + task.deadline)
+    blocked, blocker = _blocker(everybody, offset + task.deadline)
     window = offset + bound
     work = {
         other.name: other.arrival.eta(min(window, offset + 1 + task.deadline - other.deadline)) * other.cost
@@ -122,8 +129,10 @@ def _instants(tasks: Sequence[Task], length: int) -> Times:
 
 def test_length(tasks: Sequence[Task], supply: Supply) -> int | None:
     """Length up to which deadlines have to be looked at; None if more arrives than is served."""
-    # Nobody blocks at the last deadline or later, so that blocking makes no interval longer than that one.
-    length = busy_interval(tasks, supply)
+    background = background_segment(tasks)
+    tasks = promised(tasks)
+    # Of the others nobody blocks at the last deadline or later: their blocking makes no interval longer than that.
+    length = busy_interval(tasks, supply, background)
     return None if length is None else max(length, max(task.deadline for task in tasks))
 
 
@@ -133,14 +142,14 @@ def violation(tasks: Sequence[Task], supply: Supply = Supply()) -> Violation | N
     Raises:
         OverflowError: more work arrives than is served in the long run, so that no single interval shows it.
     """
-    if not tasks:
+    if not promised(tasks):
         return None
     length = test_length(tasks, supply)
     if length is None:
         raise OverflowError("more work arrives than the processor serves")
-    instants = _instants(tasks, length)
+    instants = _instants(promised(tasks), length)
     demand = np.zeros_like(instants)
-    for task in tasks:
+    for task in promised(tasks):
         demand += task.demand(instants)
     blocking = _blocking(tasks, instants)
     supplied = supply.bounds(instants)
@@ -158,11 +167,14 @@ def largest_segment(tasks: Sequence[Task], task: Task, supply: Supply = Supply()
 
     ``q <= 1 + min over t < D of (supply(t) - demand(t))``; None if nothing limits it. Below 1 the others fail alone.
     """
-    rest = [other for other in others(tasks, task) if other.deadline < task.deadline]
-    if not rest:
+    if task.background:
+        rest, end = promised(tasks), test_length(tasks, supply)
+    else:
+        rest = [other for other in promised(list(others(tasks, task))) if other.deadline < task.deadline]
+        end = task.deadline - 1  # of the task itself nothing is due before
+    if not rest or end is None:
         return None
-    # Of the task itself nothing is due before its deadline.
-    instants = _instants(rest, task.deadline - 1)
+    instants = _instants(rest, end)
     if not len(instants):
         return None
     demand = np.zeros_like(instants)

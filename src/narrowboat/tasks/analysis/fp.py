@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from narrowboat.tasks.analysis.busy import busy_interval
-from narrowboat.tasks.analysis.model import Supply, Task, Times, others
+from narrowboat.tasks.analysis.model import Supply, Task, Times, others, promised
 from narrowboat.tasks.analysis.solution import Response, worst_offset
 
 
@@ -23,8 +23,8 @@ def response(tasks: Sequence[Task], task: Task, supply: Supply = Supply()) -> Re
         task: under analysis.
         supply: of the processor.
     """
-    rest = [other for other in others(tasks, task) if other.priority >= task.priority]
-    lower = [other for other in tasks if other.priority < task.priority]
+    rest = [other for other in promised(list(others(tasks, task))) if other.priority >= task.priority]
+    lower = [other for other in tasks if other.background or other.priority < task.priority]
     longest = max(lower, key=lambda other: other.longest, default=None)
     blocked = longest.longest - 1 if longest is not None else 0
     length = busy_interval([task, *rest], supply, blocked)
@@ -52,7 +52,7 @@ def tolerance(tasks: Sequence[Task], task: Task) -> int:
 
     (Yao, Buttazzo, Bertogna, RTCSA 2009.) Points are the deadline and the arrivals of more important tasks before it.
     """
-    higher = [other for other in others(tasks, task) if other.priority >= task.priority]
+    higher = [other for other in promised(list(others(tasks, task))) if other.priority >= task.priority]
     points = np.unique(
         np.concatenate([[task.deadline], *(other.arrival.offsets(task.deadline) for other in higher)])
     ).astype(np.int64)
@@ -65,5 +65,6 @@ def tolerance(tasks: Sequence[Task], task: Task) -> int:
 
 def largest_segment(tasks: Sequence[Task], task: Task) -> int | None:
     """Longest segment the task may have without making a more important one late; None if nothing limits it."""
-    higher = [other for other in others(tasks, task) if other.priority > task.priority]
+    rest = promised(list(others(tasks, task)))
+    higher = [other for other in rest if task.background or other.priority > task.priority]
     return 1 + min(tolerance(tasks, other) for other in higher) if higher else None

@@ -146,6 +146,7 @@ class Task:
         deadline: relative to the arrival.
         priority: larger is more important; counts under fixed priorities only.
         preemptive: the segments may be preempted anywhere after all.
+        background: it runs when nobody else has a job, so that all it can do to others is block them.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Task:
     deadline: int
     priority: int = 0
     preemptive: bool = False
+    background: bool = False
 
     def __post_init__(self) -> None:
         if not self.segments or min(self.segments) < 0 or sum(self.segments) <= 0:
@@ -210,6 +212,16 @@ def check_names(tasks: Sequence[Task]) -> None:
 def others(tasks: Sequence[Task], task: Task) -> Iterator[Task]:
     """Everyone but this one; by name, as twins are two tasks."""
     return (other for other in tasks if other.name != task.name)
+
+
+def promised(tasks: Sequence[Task]) -> list[Task]:
+    """Those that are not in the background."""
+    return [task for task in tasks if not task.background]
+
+
+def background_segment(tasks: Sequence[Task]) -> int:
+    """What a job in the background still has to do at most when another comes, of the segment it has begun."""
+    return max((task.longest - 1 for task in tasks if task.background), default=0)
 
 
 def total_utilisation(tasks: Sequence[Task]) -> Fraction:

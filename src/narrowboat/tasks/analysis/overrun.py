@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from narrowboat.tasks.analysis.model import Supply, Task
-from narrowboat.tasks.analysis.solution import Response
-
-Analysis = Callable[[Sequence[Task], Task, Supply], Response]
+from narrowboat.tasks.analysis.model import Supply
 
 
-def meets(tasks: Sequence[Task], supply: Supply, analysis: Analysis) -> bool:
-    """Whether every task's bound is within its deadline."""
-    bounds = (analysis(tasks, task, supply).bound for task in tasks)
-    return all(bound is not None and bound <= task.deadline for bound, task in zip(bounds, tasks, strict=True))
-
-
-def tolerated(tasks: Sequence[Task], supply: Supply, analysis: Analysis) -> int | None:
-    """Most extra work in one busy interval with every deadline still met; None if none is met as it is.
+def tolerated(supply: Supply, most: int, meets: Callable[[Supply], bool]) -> int | None:
+    """Most extra work in one busy interval with every deadline still met; None if they are not met without any.
 
     Extra work is supply that goes elsewhere (Zini et al., RTSS 2024, give the exact form for fixed priorities).
+
+    Args:
+        supply: of the processor.
+        most: no more than this is asked for.
+        meets: whether every deadline is met with a supply; once not, never with less.
     """
-    if not tasks or not meets(tasks, supply, analysis):
+    if not meets(supply):
         return None
-    low, high = 0, max(task.deadline for task in tasks)
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if meets(tasks, supply.less(middle), analysis):
+        if meets(supply.less(middle)):
             low = middle
         else:
             high = middle - 1

@@ -1,0 +1,132 @@
+"""``narrowboat tasks``: many models in one budget, with deadlines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from narrowboat.cli.output import print_facts, print_json, print_table
+from narrowboat.quantities import format_bytes, format_seconds, parse_seconds
+
+app = typer.Typer(help="Many models in one budget, with deadlines that are kept.", no_args_is_help=True)
+File = Annotated[Path, typer.Argument(metavar="TASKS.yaml", help="The tasks; see docs/tasks.md.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Seconds = Annotated[str, typer.Option("--seconds", metavar="TIME", help="For how long, such as 60 or 10min.")]
+TraceOut = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE.json", help="Write every job; ui.perfetto.dev opens it too.")
+]
+
+
+def _us(time: int | None) -> str:
+    return "none" if time is None else format_seconds(time / 1e6)
+
+
+def _seconds(text: str) -> float:
+    return parse_seconds(float(text) if text.replace(".", "", 1).isdigit() else text, what="--seconds")
+
+
+@app.command()
+def check(file: File, json: Json = False) -> None:
+    """Does it fit, will every deadline hold, and what would make it so.
+
+    Exit code 0 if the set is admitted, 1 if it is refused.
+    """
+    from narrowboat.tasks.task_set import TaskSet
+
+    verdict = TaskSet.load(file).admit()
+    if json:
+        print_json(verdict.as_json())
+    else:
+        rows = [
+            (
+                task.name,
+                "yes" if task.guaranteed and task.admitted else "NO" if task.guaranteed else "best effort",
+                _us(task.bound) if task.guaranteed else "",
+                _us(task.deadline),
+                _us(task.cost),
+                _us(task.longest),
+                f"{task.utilisation:.1%}",
+                str(task.blocks),
+                format_bytes(task.pinned_bytes),
+                format_bytes(task.running_bytes),
+            )
+            for task in verdict.tasks
+        ]
+        columns = ["task", "holds", "bound", "deadline", "cost", "longest part", "core", "blocks", "resident", "running"]
+        print_table(str(file), columns, rows, right=columns[2:])
+        kept = f" while {', '.join(verdict.memory.kept)} keep theirs" if verdict.memory.kept else ""
+        facts = {
+            "verdict": "admitted" if verdict.admitted else "refused",
+            "memory": f"{format_bytes(verdict.needed_bytes)} of {format_bytes(verdict.budget)}, when "
+            f"{verdict.memory.running} runs{kept}",
+        }
+        if verdict.tolerance is not None:
+            facts["tolerates"] = f"{_us(verdict.tolerance)} of work more than assumed, in any busy stretch"
+        for place, reason in enumerate(verdict.reasons):
+            facts["because" + " " * place] = reason
+        for place, said in enumerate(verdict.suggestions):
+            facts["would help" + " " * place] = said
+        print_facts("", facts)
+    if not verdict.admitted:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of tasks.yaml, for editors."""
+    from narrowboat.tasks.spec.schema import json_schema
+
+    print_json(json_schema())
+
+
+@app.command()
+def simulate(file: File, seconds: Seconds = "10", trace: TraceOut = None, json: Json = False) -> None:
+    """Run the tasks in simulated time, every job at its worst.
+
+    Exit code 1 if a guaranteed deadline is missed.
+    """
+    from narrowboat.tasks.task_set import TaskSet
+
+    task_set = TaskSet.load(file)
+    record = task_set.simulate(_seconds(seconds))
+    _report(record, trace, json, f"{file}, simulated")
+
+
+def _report(record: object, trace: Path | None, json: bool, title: str) -> None:
+    from narrowboat.tasks.record import Record
+    from narrowboat.tasks.summary import summarise
+
+    assert isinstance(record, Record)
+    told = summarise(record)
+    if trace is not None:
+        record.save(trace)
+    if json:
+        print_json(told.as_json())
+    else:
+        rows = [
+            (
+                t.name,
+                str(t.jobs),
+                str(t.late + t.unfinished),
+                _us(t.median),
+                _us(t.worst),
+                _us(t.bound),
+                _us(t.deadline),
+                f"{t.worst / t.bound:.2f}" if t.bound and t.worst is not None else "",
+                str(t.preemptions),
+            )
+            for t in told.tasks
+        ]
+        columns = ["task", "jobs", "missed", "median", "worst", "bound", "deadline", "worst/bound", "preempted"]
+        print_table(title, columns, rows, right=columns[1:])
+        facts = {
+            "engines": f"computing {told.compute_share:.0%}, loading {told.load_share:.0%} of the time",
+            "memory": f"{format_bytes(told.peak_bytes)} at most, of {format_bytes(told.budget_bytes)}",
+        }
+        if trace is not None:
+            facts["wrote"] = str(trace)
+        print_facts("", facts)
+    if told.missed:
+        raise typer.Exit(1)

@@ -1,0 +1,157 @@
+"""A task with what it costs: the finest blocks, activations, and which of its weights stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from narrowboat.tasks.analysis.cuts import balanced_cuts, merge
+from narrowboat.tasks.analysis.memory import Footprint, footprint
+from narrowboat.tasks.analysis.model import Arrival, Block, Task
+from narrowboat.tasks.analysis.pipeline import segments
+from narrowboat.tasks.job import TaskFacts
+from narrowboat.tasks.spec.schema import TasksSpec, TaskSpec
+
+_NOBODY = 1 << 40  # level of tasks that anybody may preempt
+
+
+@dataclass(frozen=True)
+class CostedTask:
+    """One task, measured or described.
+
+    Attributes:
+        spec: what was asked for.
+        units: in order, what is not cut further; with the bytes and load each has when it is not pinned.
+        activation_bytes: of one job, workspaces included.
+        fixed_bytes: held all the time beside weights: buffers, bookkeeping.
+        network: what tasks that share weights have in common; empty where nothing is shared.
+        pins: the units whose weights stay.
+        ends: where blocks end, as places one past their last unit; None for a block per unit.
+    """
+
+    spec: TaskSpec
+    units: tuple[Block, ...]
+    activation_bytes: int = 0
+    fixed_bytes: int = 0
+    network: str = ""
+    pins: frozenset[int] = frozenset()
+    ends: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return self.spec.name
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Weights that stay."""
+        return sum(self.units[unit].nbytes for unit in self.pins)
+
+    @property
+    def swappable(self) -> list[int]:
+        """Units that could be pinned, and are not."""
+        return [i for i, unit in enumerate(self.units) if i not in self.pins and unit.nbytes]
+
+    def with_pins(self, pins: frozenset[int]) -> CostedTask:
+        """The same with other weights resident."""
+        return replace(self, pins=pins)
+
+    def blocks(self) -> list[Block]:
+        """What swaps together."""
+        units = [
+            Block(0, max(unit.compute, 1), 0) if place in self.pins else unit for place, unit in enumerate(self.units)
+        ]
+        return merge(units, self.ends if self.ends is not None else range(1, len(units) + 1))
+
+    def cut(self, *, longest: int | None = None, room: int | None = None, overhead: int = 0) -> CostedTask | None:
+        """The same in blocks that make its jobs shortest; None if no cuts keep the limits."""
+        ends = balanced_cuts(replace(self, ends=None).blocks(), longest=longest, room=room, overhead=overhead)
+        return None if ends is None else replace(self, ends=tuple(ends))
+
+
+def initial_pins(spec: TaskSpec) -> frozenset[int]:
+    """What the user has pinned of a task described by blocks."""
+    blocks = spec.blocks or ()
+    return frozenset(place for place, block in enumerate(blocks) if spec.pinned or block.pinned)
+
+
+def described(spec: TaskSpec) -> CostedTask:
+    """A task whose blocks are given in the description."""
+    units = tuple(Block(block.load, block.compute, block.bytes) for block in spec.blocks or ())
+    return CostedTask(spec, units, spec.activation_bytes, pins=initial_pins(spec))
+
+
+def arrival_of(spec: TaskSpec) -> Arrival:
+    """The contract by which jobs arrive."""
+    if spec.contract is not None:
+        return Arrival.token_bucket(spec.contract.burst, spec.contract.period)
+    return Arrival(spec.step, spec.jitter)
+
+
+def priorities(tasks: Sequence[CostedTask]) -> dict[str, int]:
+    """Those given; the others by deadline, the shortest first, below and beside none that was given."""
+    order = sorted(tasks, key=lambda task: (task.spec.relative_deadline, task.name), reverse=True)
+    return {
+        task.name: task.spec.priority if task.spec.priority is not None else place - len(order)
+        for place, task in enumerate(order)
+    }
+
+
+def chain(task: CostedTask, settings: TasksSpec, chunk: int) -> tuple[int, ...]:
+    """Worst segments of a job, with what boundaries cost and a prefetch that has to be given up first."""
+    lengths = segments(task.blocks(), settings.overhead)
+    if prefetches(settings, [task]):
+        lengths = (lengths[0] + chunk, *lengths[1:])
+    return lengths
+
+
+def prefetches(settings: TasksSpec, tasks: Sequence[CostedTask]) -> bool:
+    """Whether first blocks are loaded ahead: as said; else for models, whose chunks are known."""
+    if settings.prefetch is not None:
+        return settings.prefetch
+    return all(task.spec.blocks is None for task in tasks)
+
+
+def analysis_task(task: CostedTask, settings: TasksSpec, priority: int, chunk: int) -> Task:
+    """As the analysis sees it."""
+    lengths = chain(task, settings, chunk)
+    made = Task(
+        task.name,
+        lengths,
+        arrival_of(task.spec),
+        task.spec.relative_deadline,
+        priority,
+        background=not task.spec.guaranteed,
+    )
+    return made.whole() if settings.preemption == "np" else made
+
+
+def footprint_of(task: CostedTask, settings: TasksSpec, priority: int) -> Footprint:
+    """What its jobs hold."""
+    level = task.spec.relative_deadline if settings.policy == "edf" else -priority
+    return footprint(
+        task.name,
+        task.blocks(),
+        task.activation_bytes,
+        level if task.spec.guaranteed else _NOBODY + task.spec.relative_deadline,
+        pinned=task.pinned_bytes,
+        network=task.network,
+    )
+
+
+def facts_of(task: CostedTask, index: int, priority: int, swap_bytes: int = 0) -> TaskFacts:
+    """As policies see it."""
+    blocks = task.blocks()
+    return TaskFacts(
+        task.name,
+        index,
+        tuple(block.load for block in blocks),
+        tuple(block.compute for block in blocks),
+        tuple(block.nbytes for block in blocks),
+        task.spec.relative_deadline,
+        task.spec.step,
+        priority,
+        task.spec.guaranteed,
+        task.activation_bytes,
+        swap_bytes,
+    )

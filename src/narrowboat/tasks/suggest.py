@@ -1,0 +1,140 @@
+"""What would admit a set that was refused: each proposal has passed the analysis that refused it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.tasks.admission import DEFAULT_CHUNK, analysis_tasks, memory_need, schedulable, supply_of
+from narrowboat.tasks.allocate import grow
+from narrowboat.tasks.analysis import edf, fp
+from narrowboat.tasks.analysis.model import Task
+from narrowboat.tasks.costed import CostedTask
+from narrowboat.tasks.spec.schema import MICROSECONDS, TasksSpec
+
+_MOST_TIMES = 16  # the period: beyond that it is another task
+
+
+def suggestions(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int = DEFAULT_CHUNK) -> list[str]:
+    """What would help, the smallest change of each kind; several may be needed where memory and time both fail."""
+    said = []
+    needed = memory_need(tasks, settings)[1]
+    if needed > settings.budget:
+        said.append(f"budget: {format_bytes(needed)} ({needed} bytes) would hold them")
+        said += _without_preemption(tasks, settings, chunk)
+    analysed = analysis_tasks(tasks, settings, chunk)
+    if not schedulable(analysed, settings):
+        said += [*_cuts(analysed, settings), *_pins(tasks, settings, chunk), *_periods(analysed, settings)]
+        said += _deadlines(analysed, settings)
+    return said
+
+
+def _without_preemption(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[str]:
+    """Jobs that are not preempted keep no blocks."""
+    if settings.preemption == "np":
+        return []
+    other = settings.model_copy(update={"preemption": "np"})
+    needed = memory_need(tasks, other)[1]
+    if needed > settings.budget or not schedulable(analysis_tasks(tasks, other, chunk), other):
+        return []
+    return [f"preemption: np needs {format_bytes(needed)} only, and every deadline still holds"]
+
+
+def _cuts(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
+    """Finer blocks of one task, so that it blocks others for less time."""
+    if settings.preemption == "np":
+        return []
+    said = []
+    for place, task in enumerate(tasks):
+        if settings.policy == "edf":
+            limit = edf.largest_segment(tasks, task, supply_of(settings))
+        else:
+            limit = fp.largest_segment(tasks, task)
+        if limit is None or not 0 < limit < task.longest:
+            continue
+        cut = [*tasks[:place], replace(task, segments=_finer(task.segments, limit)), *tasks[place + 1 :]]
+        if schedulable(cut, settings):
+            block = task.segments.index(task.longest)
+            said.append(
+                f"finer cuts: {task.name}'s segments of {_time(limit)} at most would do (its longest, of block "
+                f"{max(block - 1, 0)}, is {_time(task.longest)})"
+            )
+    return said
+
+
+def _finer(segments: Sequence[int], limit: int) -> tuple[int, ...]:
+    """The same work in pieces of at most ``limit``, as even as can be."""
+    pieces: list[int] = []
+    for length in segments:
+        count = max(-(-length // limit), 1)
+        pieces += [length // count + (k < length % count) for k in range(count)]
+    return tuple(pieces)
+
+
+def _pins(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[str]:
+    """Weights that stay in memory, fewest bytes first."""
+    roomy = settings.model_copy(update={"budget": 1 << 62})
+    pinned = grow(tuple(tasks), roomy, lambda task: 1 / task.spec.step, until_schedulable=True)
+    if not schedulable(analysis_tasks(pinned, settings, chunk), settings):
+        return []
+    added = [
+        f"{format_bytes(after.pinned_bytes - before.pinned_bytes)} of {after.name}"
+        for before, after in zip(tasks, pinned, strict=True)
+        if after.pinned_bytes > before.pinned_bytes
+    ]
+    needed = memory_need(pinned, settings)[1]
+    room = "which the budget has room for" if needed <= settings.budget else f"with a budget of {format_bytes(needed)}"
+    return [f"pin: {', '.join(added)} resident, {room} (allocation: optimal)"] if added else []
+
+
+def _periods(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
+    """A longer period for one task: the smallest change of all tasks'."""
+    found: list[tuple[float, str]] = []
+    for place, task in enumerate(tasks):
+        if task.background:
+            continue
+        period = task.arrival.period
+
+        def with_period(longer: int, place: int = place, task: Task = task, period: int = period) -> list[Task]:
+            deadline = longer if task.deadline == period else task.deadline
+            changed = replace(task, arrival=replace(task.arrival, period=longer), deadline=deadline)
+            return [*tasks[:place], changed, *tasks[place + 1 :]]
+
+        least = _least(period, period * _MOST_TIMES, lambda longer: schedulable(with_period(longer), settings))
+        if least is not None:
+            found.append((least / period, f"period: {_time(least)} instead of {_time(period)} for {task.name}"))
+    return [min(found)[1]] if found else []
+
+
+def _deadlines(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
+    """A later deadline for one task, if its period allows one."""
+    said = []
+    for place, task in enumerate(tasks):
+        if task.background or task.deadline >= task.arrival.period:
+            continue
+
+        def until(later: int, place: int = place, task: Task = task) -> bool:
+            return schedulable([*tasks[:place], replace(task, deadline=later), *tasks[place + 1 :]], settings)
+
+        least = _least(task.deadline, task.arrival.period, until)
+        if least is not None:
+            said.append(f"deadline: {_time(least)} instead of {_time(task.deadline)} for {task.name}")
+    return said
+
+
+def _least(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The least value for which it holds, up to a thousandth; None if it does not hold at ``high``."""
+    if not holds(high):
+        return None
+    while high - low > max(low // 1000, 1):
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _time(microseconds: int) -> str:
+    return format_seconds(microseconds / MICROSECONDS)

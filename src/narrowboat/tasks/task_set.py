@@ -1,0 +1,182 @@
+"""``nb.TaskSet``: load a description, ask whether it holds, simulate it, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from narrowboat.errors import AdmissionError, UsageError
+from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit, prefetching
+from narrowboat.tasks.allocate import Allocation, allocate
+from narrowboat.tasks.costed import CostedTask, described, facts_of, priorities
+from narrowboat.tasks.job import TaskFacts
+from narrowboat.tasks.policy.boundaries import BlockBoundaries
+from narrowboat.tasks.policy.order import ORDERS
+from narrowboat.tasks.record import Record
+from narrowboat.tasks.simulate import Costs, Simulation, WorstCosts, periodic
+from narrowboat.tasks.spec.load import load_tasks, tasks_from
+from narrowboat.tasks.spec.schema import TasksSpec
+from narrowboat.tasks.suggest import suggestions
+
+
+class TaskSet:
+    """Tasks that share one budget.
+
+    Args:
+        settings: what was asked for.
+        folder: that relative paths are meant from.
+    """
+
+    def __init__(self, settings: TasksSpec, folder: Path | None = None) -> None:
+        self.settings = settings
+        self.folder = folder if folder is not None else Path()
+        self.chunk = DEFAULT_CHUNK
+        self._costed: list[CostedTask] | None = None
+        self._allocation: Allocation | None = None
+        self._verdict: Verdict | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> TaskSet:
+        """From ``tasks.yaml``.
+
+        Raises:
+            TaskSpecError: the file cannot be used; the message names line, field and what is allowed.
+        """
+        return cls(load_tasks(path), Path(path).resolve().parent)
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any], folder: Path | None = None) -> TaskSet:
+        """The same from a dictionary.
+
+        Raises:
+            TaskSpecError: it says something that is not allowed.
+        """
+        return cls(tasks_from(told), folder)
+
+    @property
+    def costed(self) -> list[CostedTask]:
+        """The tasks with what they cost; models are measured when this is first asked for.
+
+        Raises:
+            NarrowboatError: a model or its weights cannot be used.
+        """
+        if self._costed is None:
+            models = [task.name for task in self.settings.tasks if task.blocks is None]
+            if models:
+                from narrowboat.tasks.measure import measure_tasks
+
+                self._costed, self.chunk = measure_tasks(self.settings, self.folder)
+            else:
+                self._costed = [described(task) for task in self.settings.tasks]
+        return self._costed
+
+    @property
+    def allocation(self) -> Allocation:
+        """How the budget is shared.
+
+        Raises:
+            BudgetError: the shares that were asked for cannot hold the tasks.
+        """
+        if self._allocation is None:
+            self._allocation = allocate(self.costed, self.settings)
+        return self._allocation
+
+    def admit(self) -> Verdict:
+        """Whether every deadline that is promised holds within the budget, with reasons and what would help."""
+        if self._verdict is None:
+            tasks = self.allocation.tasks
+            verdict = admit(tasks, self.settings, self.chunk)
+            if not verdict.admitted:
+                verdict = replace(verdict, suggestions=tuple(suggestions(tasks, self.settings, self.chunk)))
+            self._verdict = verdict
+        return self._verdict
+
+    def require(self) -> Verdict:
+        """The same, or an error with the reasons.
+
+        Raises:
+            AdmissionError: the set is refused.
+        """
+        verdict = self.admit()
+        if not verdict.admitted:
+            raise AdmissionError("the tasks are not admitted: " + "; ".join(verdict.reasons), verdict)
+        return verdict
+
+    def facts(self) -> list[TaskFacts]:
+        """The tasks as policies see them."""
+        levels = priorities(self.allocation.tasks)
+        return [facts_of(task, k, levels[task.name]) for k, task in enumerate(self.allocation.tasks)]
+
+    def policy(self) -> BlockBoundaries:
+        """That the description asks for."""
+        return BlockBoundaries(
+            ORDERS[self.settings.policy],
+            preempt=self.settings.preemption == "lp-keep",
+            prefetch=prefetching(self.costed, self.settings),
+        )
+
+    def simulate(self, seconds: float = 10.0, costs: Costs | None = None) -> Record:
+        """Run it in simulated time, every job at its worst unless ``costs`` says otherwise.
+
+        Args:
+            seconds: of simulated time in which jobs are released.
+            costs: how long loads and computing take; microseconds.
+
+        Raises:
+            UsageError: no time at all.
+        """
+        if not seconds > 0:
+            raise UsageError(f"cannot simulate {seconds} seconds")
+        facts = self.facts()
+        fixed = sum(task.fixed_bytes for task in self.costed)
+        pinned = admit(self.allocation.tasks, self.settings, self.chunk).memory.pinned
+        run = Simulation(
+            self.policy(),
+            costs or WorstCosts(),
+            chunk=self.chunk,
+            budget=self.settings.budget - pinned - fixed,
+            overhead=self.settings.overhead,
+        )
+        offsets = [task.offset for task in self.settings.tasks]
+        record = run.run(periodic(facts, round(seconds * 1e6), offsets))
+        record.memory = [(when, nbytes + pinned + fixed) for when, nbytes in record.memory]
+        record.setup = self.setup(facts)
+        return record
+
+    def setup(self, facts: list[TaskFacts]) -> dict[str, Any]:
+        """What a run assumes, for its record."""
+        verdict = self.admit()
+        by_name = {task.name: task for task in verdict.tasks}
+        return {
+            "policy": self.settings.policy,
+            "preemption": self.settings.preemption,
+            "prefetch": prefetching(self.costed, self.settings),
+            "budget_bytes": self.settings.budget,
+            "supply": {"share": self.settings.supply.share, "delay_us": self.settings.supply.delay},
+            "overhead_us": self.settings.overhead,
+            "chunk_us": self.chunk,
+            "admitted": verdict.admitted,
+            "tasks": [
+                {
+                    "name": task.name,
+                    "index": task.index,
+                    "priority": task.priority,
+                    "guaranteed": task.guaranteed,
+                    "deadline_us": task.deadline,
+                    "period_us": task.period,
+                    "jitter_us": self._jitter(k),
+                    "loads_us": list(task.loads),
+                    "computes_us": list(task.computes),
+                    "nbytes": list(task.nbytes),
+                    "activation_bytes": task.activation_bytes,
+                    "bound_us": by_name[task.name].bound,
+                }
+                for k, task in enumerate(facts)
+            ],
+        }
+
+    def _jitter(self, place: int) -> int:
+        spec = self.settings.tasks[place]
+        return spec.jitter if spec.contract is None else (spec.contract.burst - 1) * spec.contract.period

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BudgetError", "NarrowboatError", "Session", "TaskSet", "errors", "pack", "session", "stream", "stream_pretrained"]
+__all__ = [
+    "BudgetError",
+    "NarrowboatError",
+    "Session",
+    "TaskSet",
+    "errors",
+    "pack",
+    "session",
+    "stream",
+    "stream_pretrained",
+]
 
 _LAZY = {
     "Session": "narrowboat.stream.session:Session",

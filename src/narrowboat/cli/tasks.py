@@ -54,7 +54,18 @@ def check(file: File, json: Json = False) -> None:
             )
             for task in verdict.tasks
         ]
-        columns = ["task", "holds", "bound", "deadline", "cost", "longest part", "core", "blocks", "resident", "running"]
+        columns = [
+            "task",
+            "holds",
+            "bound",
+            "deadline",
+            "cost",
+            "longest part",
+            "core",
+            "blocks",
+            "resident",
+            "running",
+        ]
         print_table(str(file), columns, rows, right=columns[2:])
         kept = f" while {', '.join(verdict.memory.kept)} keep theirs" if verdict.memory.kept else ""
         facts = {
@@ -92,6 +103,66 @@ def simulate(file: File, seconds: Seconds = "10", trace: TraceOut = None, json: 
     task_set = TaskSet.load(file)
     record = task_set.simulate(_seconds(seconds))
     _report(record, trace, json, f"{file}, simulated")
+
+
+@app.command()
+def run(
+    file: File,
+    seconds: Seconds = "60",
+    trace: TraceOut = None,
+    force: Annotated[bool, typer.Option("--force", help="Run a set that is not admitted too, if it fits.")] = False,
+    json: Json = False,
+) -> None:
+    """Run the tasks for real, in a process of their own, and write down every job.
+
+    Exit code 1 if the set is refused or a guaranteed deadline is missed.
+    """
+    from narrowboat.cli.tasks_live import live_view
+    from narrowboat.tasks.task_set import TaskSet
+
+    task_set = TaskSet.load(file)
+    with live_view(task_set, quiet=json) as on_tick:
+        record = task_set.run(_seconds(seconds), on_tick=on_tick, admitted_only=not force)
+    _report(record, trace, json, f"{file}, run")
+
+
+@app.command()
+def conform(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.json", help="Written by run or simulate.")],
+    json: Json = False,
+) -> None:
+    """Check every premise of the analysis against what happened.
+
+    Exit code 1 if one is broken: the guarantee is void then.
+    """
+    from narrowboat.tasks.conform import conform as check_record
+    from narrowboat.tasks.record import Record
+
+    told = check_record(Record.load(trace))
+    if json:
+        print_json(told.as_json())
+    else:
+        rows = [(p.name, "holds" if p.holds else "BROKEN", str(p.checked), p.said) for p in told.premises]
+        print_table(str(trace), ["premise", "", "checked", ""], rows, right=["checked"])
+        print_facts("", {"guarantee": told.wording})
+    if not told.valid:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE.json", help="Written by run or simulate.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Where to draw it.")] = Path("tasks.png"),
+    start: Annotated[str, typer.Option("--from", metavar="TIME", help="Where the Gantt chart begins.")] = "0s",
+    span: Annotated[str, typer.Option("--for", metavar="TIME", help="How much of it to show.")] = "2s",
+) -> None:
+    """Draw the engines' Gantt chart, memory over time, and responses against bounds."""
+    from narrowboat.report.tasks import draw_tasks
+    from narrowboat.tasks.record import Record
+
+    begin, length = parse_seconds(start, what="--from"), parse_seconds(span, what="--for")
+    draw_tasks(Record.load(trace), out, begin, length)
+    print_facts("", {"wrote": str(out)})
 
 
 def _report(record: object, trace: Path | None, json: bool, title: str) -> None:

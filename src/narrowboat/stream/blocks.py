@@ -139,7 +139,7 @@ def make_blocks(
                 weights=[weights[w] for w in group.weights],
                 places=group.places,
                 offset=base,
-                extents=_extents(group, weights, file_number, base or 0, packed=packed),
+                extents=extents_of(group, weights, file_number, base or 0, packed=packed),
                 resident=i in plan.resident,
                 state=State.IN if i in there else State.OUT,
             )
@@ -155,7 +155,7 @@ def make_blocks(
     return blocks
 
 
-def _extents(
+def extents_of(
     group: Group, weights: list[Weight], file_number: dict[str, int], base: int, *, packed: bool
 ) -> list[Extent]:
     """What to read for a block; neighbours in a packed file in one piece."""

@@ -213,6 +213,26 @@ class Reader:
         if job.error is not None:
             raise job.error
 
+    def cancel(self, job: Job) -> None:
+        """Give a job up: what waits of it is not read, what is under way ends. It ends with an error."""
+        with self._cond:
+            if job.done:
+                return
+            waiting = sum(queued is job for queued, _ in self._queue)
+            self._queue = deque(each for each in self._queue if each[0] is not job)
+            job.error = job.error or StorageError(f"reading {job.name} was given up")
+            job.left -= waiting
+            if job.left == 0:
+                job.finished, job.done = time.perf_counter(), True
+            self._cond.notify_all()
+
+    def threads(self) -> list[int]:
+        """The numbers that the system has for its threads; they begin here if they have not yet."""
+        with self._cond:
+            if not self._threads:
+                self._start()
+        return [thread.native_id for thread in self._threads if thread.native_id is not None]
+
     def drain(self) -> None:
         """Wait until nothing is queued or under way."""
         with self._cond:

@@ -1,7 +1,7 @@
 """How the budget is shared: which weights of whom stay in memory.
 
-SwapNet's rule (its paper gives the ingredients, required-memory ratio and performance score, and leaves the rest open)
-is stated here as: task k gets ``floor_k + (B - sum of floors) * w_k / sum of w``, where ``floor_k`` is what it needs to
+SwapNet's rule (its paper names required-memory ratio and performance score, and leaves the rest open) is stated here
+as: task k gets ``floor_k + (B - sum of floors) * w_k / sum of w``, where ``floor_k`` is what it needs to
 run at all, ``w_k = importance_k * (M_k / sum of M) * score_k``, ``M_k`` its bytes when all is resident and ``score_k``
 the seconds per job that the next byte saves, on average up to all of them. Ours minimises the weighted slowdown, or
 makes the set schedulable first, over all blocks of all tasks, whose windows are shared.
@@ -18,6 +18,7 @@ from narrowboat.errors import BudgetError, UsageError
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.admission import analysis_tasks, memory_need, schedulable
 from narrowboat.tasks.costed import CostedTask
+from narrowboat.tasks.cutting import cut_models
 from narrowboat.tasks.spec.schema import TasksSpec
 
 EXACT = 12  # units that can be pinned, up to which every choice is looked at
@@ -96,19 +97,18 @@ def _by_shares(method: str, tasks: Sequence[CostedTask], settings: TasksSpec, we
 
 def _fill(task: CostedTask, share: int) -> CostedTask:
     """Pin what saves most time per byte and fits the share."""
+    refused: set[int] = set()
     while True:
-        options = [task.with_pins(task.pins | {unit}) for unit in task.swappable]
-        options = [option for option in options if floor_bytes(option) <= share]
-        if not options:
+        sizes = {unit: task.units[unit].nbytes for unit in task.swappable}
+        values = {u: (gain / sizes[u], load / sizes[u]) for u, (gain, load) in task.pin_gains().items()}
+        unit = max(values.keys() - refused, key=lambda u: values[u], default=None)
+        if unit is None:
             return task
-        task = max(options, key=lambda option: _gain(task, option))
-
-
-def _gain(before: CostedTask, after: CostedTask) -> tuple[float, float]:
-    """Time saved per byte; where blocks overlap so that none is saved yet, loads saved per byte."""
-    nbytes = max(after.pinned_bytes - before.pinned_bytes, 1)
-    loads = sum(b.load for b in before.blocks()) - sum(b.load for b in after.blocks())
-    return (job_time(before) - job_time(after)) / nbytes, loads / nbytes
+        option = task.with_pins(task.pins | {unit})
+        if floor_bytes(option) <= share:
+            task = option
+        else:
+            refused.add(unit)
 
 
 def even(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
@@ -141,14 +141,7 @@ def optimal(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
     Exact where at most :data:`EXACT` units can be pinned; else greedy by what a byte brings, with the analysis and
     the memory test in the loop.
     """
-    free = choices(tasks)
-    best = tuple(tasks)
-    if 0 < len(free) <= EXACT:
-        best = _exhaustive(best, settings, free)
-    else:
-        if not _holds(best, settings):
-            best = grow(best, settings, lambda t: 1 / t.spec.step, until_schedulable=True)
-        best = grow(best, settings, lambda t: t.spec.importance / compute_time(t))
+    best = _pinned(tuple(tasks), settings)
     pinned: dict[str, int] = {}
     seen: set[str] = set()
     for task in best:
@@ -156,6 +149,15 @@ def optimal(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
         seen.add(task.network)
         pinned[task.name] = (task.pinned_bytes if first else 0) + task.fixed_bytes
     return Allocation("optimal", best, pinned | {"": settings.budget - sum(pinned.values())})
+
+
+def _pinned(tasks: Sequence[CostedTask], settings: TasksSpec) -> tuple[CostedTask, ...]:
+    best, free = tuple(tasks), choices(tasks)
+    if 0 < len(free) <= EXACT:
+        return _exhaustive(best, settings, free)
+    if not _holds(best, settings):
+        best = grow(best, settings, lambda t: 1 / t.spec.step, until_schedulable=True)
+    return grow(best, settings, lambda t: t.spec.importance / compute_time(t))
 
 
 def choices(tasks: Sequence[CostedTask]) -> list[tuple[int, int]]:
@@ -214,19 +216,21 @@ def grow(
     refused: set[tuple[int, int]] = set()
     while True:
         ranked = []
+        gains = [task.pin_gains() for task in tasks]
         for place, unit in choices(tasks):
             if (place, unit) in refused:
                 continue
-            option = _pin(tasks, place, frozenset({unit}))
-            gains = [
-                tuple(weight(before) * part for part in _gain(before, after))
-                for before, after in zip(tasks, option, strict=True)
-                if before is not after
-            ]
-            ranked.append((tuple(map(sum, zip(*gains, strict=True))), place, unit, option))
+            # Everybody who has the network saves.
+            network = tasks[place].network
+            sharing = [k for k, t in enumerate(tasks) if k == place or (network and t.network == network)]
+            parts = [(weight(tasks[k]), gains[k].get(unit, (0, 0))) for k in sharing]
+            nbytes = tasks[place].units[unit].nbytes
+            value = tuple(sum(factor * gain[i] for factor, gain in parts) / nbytes for i in (0, 1))
+            ranked.append((value, place, unit))
         if not ranked:
             return tasks
-        _, place, unit, option = max(ranked, key=lambda each: each[0])
+        _, place, unit = max(ranked)
+        option = _pin(tasks, place, frozenset({unit}))
         if not _fits(option, settings):
             refused.add((place, unit))
             continue
@@ -255,7 +259,7 @@ def method_named(name: str) -> Method:
         raise UsageError(f"allocation {name!r} cannot be imported: {error}") from error
     if not callable(found):
         raise UsageError(f"allocation {name!r} is a {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def as_described(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
@@ -265,8 +269,14 @@ def as_described(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation
 
 
 def allocate(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
-    """Share the budget as the description says; unsaid, ours for models, and blocks as they are described."""
+    """Share the budget as the description says; unsaid, ours for models, and blocks as they are described.
+
+    Networks that were measured are cut into blocks here: what may be resident depends on where they are cut.
+    """
+    models = any(task.spec.blocks is None for task in tasks)
+    if models:
+        tasks = cut_models(tasks, settings, lambda cut: _pinned(cut, settings), slowdown)
+        tasks = [task if task.spec.pinned else task.with_pins(frozenset()) for task in tasks]
     if settings.allocation is None:
-        models = any(task.spec.blocks is None for task in tasks)
         return optimal(tasks, settings) if models else as_described(tasks, settings)
     return method_named(settings.allocation)(tasks, settings)

@@ -10,7 +10,7 @@ from narrowboat.tasks.analysis.memory import Footprint, footprint
 from narrowboat.tasks.analysis.model import Arrival, Block, Task
 from narrowboat.tasks.analysis.pipeline import segments
 from narrowboat.tasks.job import TaskFacts
-from narrowboat.tasks.spec.schema import TasksSpec, TaskSpec
+from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec
 
 _NOBODY = 1 << 40  # level of tasks that anybody may preempt
 
@@ -62,6 +62,27 @@ class CostedTask:
             Block(0, max(unit.compute, 1), 0) if place in self.pins else unit for place, unit in enumerate(self.units)
         ]
         return merge(units, self.ends if self.ends is not None else range(1, len(units) + 1))
+
+    def with_ends(self, ends: tuple[int, ...]) -> CostedTask:
+        """The same in other blocks."""
+        return replace(self, ends=ends)
+
+    def pin_gains(self) -> dict[int, tuple[int, int]]:
+        """For every unit that could be pinned: the time of a job that saves, and the loading.
+
+        A block's load counts where it is longer than computing the block before.
+        """
+        blocks, gains, start = self.blocks(), {}, 0
+        ends = self.ends if self.ends is not None else range(1, len(self.units) + 1)
+        for place, end in enumerate(ends):
+            hidden = blocks[place - 1].compute if place else 0
+            load = blocks[place].load
+            for unit in range(start, end):
+                if unit not in self.pins and self.units[unit].nbytes:
+                    part = self.units[unit].load
+                    gains[unit] = max(hidden, load) - max(hidden, load - part), part
+            start = end
+        return gains
 
     def cut(self, *, longest: int | None = None, room: int | None = None, overhead: int = 0) -> CostedTask | None:
         """The same in blocks that make its jobs shortest; None if no cuts keep the limits."""

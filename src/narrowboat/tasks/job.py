@@ -52,6 +52,7 @@ class Job:
         loaded: blocks loaded so far, in order.
         computed: blocks computed so far, in order.
         started: when its first segment began; None if it has not.
+        degraded: it is over its budget and goes on as best effort.
     """
 
     task: TaskFacts
@@ -60,6 +61,12 @@ class Job:
     loaded: int = 0
     computed: int = 0
     started: int | None = None
+    degraded: bool = False
+
+    @property
+    def promised(self) -> bool:
+        """Whether it goes before all that is best effort."""
+        return self.task.guaranteed and not self.degraded
 
     @property
     def due(self) -> int:

@@ -184,5 +184,7 @@ def _chrome(record: Record) -> list[dict[str, Any]]:
     for job in record.jobs:
         if job.outcome not in ("done", "unfinished"):
             when = job.finish if job.finish is not None else job.due
-            events.append({"ph": "i", "s": "p", "pid": 1, "ts": when, "name": f"{job.task} #{job.number} {job.outcome}"})
+            events.append(
+                {"ph": "i", "s": "p", "pid": 1, "ts": when, "name": f"{job.task} #{job.number} {job.outcome}"}
+            )
     return events

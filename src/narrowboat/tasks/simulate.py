@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from narrowboat.tasks.job import Job, TaskFacts
-from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View
+from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View, held_bytes
 from narrowboat.tasks.record import JobRecord, Record, Segment
 
 _LIVELOCK = 10_000  # decisions at one instant
@@ -117,7 +117,7 @@ class Simulation:
 
     def _decide(self) -> None:
         for _ in range(_LIVELOCK):
-            self._view.free_bytes = None if self.budget is None else self.budget - self._held()
+            self._view.free_bytes = None if self.budget is None else self.budget - held_bytes(self._view)
             actions = self.policy.choose(self._view)
             if not actions:
                 return
@@ -212,21 +212,7 @@ class Simulation:
         self.policy.ended(action, view.now)
         self._account()
 
-    def _held(self) -> int:
-        """Bytes of blocks and activations now."""
-        held = 0
-        for job in self._view.pending:
-            if job.started is None:
-                continue
-            held += job.task.activation_bytes + sum(job.task.nbytes[job.computed : job.loaded])
-        loading = self._view.doing.get(Engine.LOAD)
-        if loading is not None and loading.do in (Do.LOAD, Do.PREFETCH):
-            held += loading.task.nbytes[loading.block]
-        if self._view.prefetched is not None:
-            held += self._view.prefetched.nbytes[0]
-        return held
-
     def _account(self) -> None:
-        held = self._held()
+        held = held_bytes(self._view)
         if not self.record.memory or self.record.memory[-1][1] != held:
             self.record.memory.append((self._view.now, held))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import AdmissionError, UsageError
 from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit, prefetching
@@ -20,6 +21,9 @@ from narrowboat.tasks.spec.load import load_tasks, tasks_from
 from narrowboat.tasks.spec.schema import TasksSpec
 from narrowboat.tasks.suggest import suggestions
 
+if TYPE_CHECKING:
+    from narrowboat.tasks.execute.client import Child
+
 
 class TaskSet:
     """Tasks that share one budget.
@@ -27,12 +31,19 @@ class TaskSet:
     Args:
         settings: what was asked for.
         folder: that relative paths are meant from.
+
+    Attributes:
+        tell: called with what takes long, in words.
+        measured: how the models' costs were measured; empty for tasks that are described by blocks.
+        chunk: microseconds that a read under way may take to end.
     """
 
     def __init__(self, settings: TasksSpec, folder: Path | None = None) -> None:
         self.settings = settings
         self.folder = folder if folder is not None else Path()
         self.chunk = DEFAULT_CHUNK
+        self.tell: Callable[[str], None] = lambda said: None
+        self.measured: dict[str, Any] = {}
         self._costed: list[CostedTask] | None = None
         self._allocation: Allocation | None = None
         self._verdict: Verdict | None = None
@@ -67,7 +78,10 @@ class TaskSet:
             if models:
                 from narrowboat.tasks.measure import measure_tasks
 
-                self._costed, self.chunk = measure_tasks(self.settings, self.folder)
+                self._costed, self.chunk, self.measured = measure_tasks(self.settings, self.folder, self.tell)
+                if not self.settings.overhead:  # unsaid: as measured
+                    overhead = max(cost["overhead_us"] for cost in self.measured["costs"].values())
+                    self.settings = self.settings.model_copy(update={"overhead": overhead})
             else:
                 self._costed = [described(task) for task in self.settings.tasks]
         return self._costed
@@ -144,6 +158,76 @@ class TaskSet:
         record.memory = [(when, nbytes + pinned + fixed) for when, nbytes in record.memory]
         record.setup = self.setup(facts)
         return record
+
+    def run(
+        self,
+        seconds: float | None = 60.0,
+        *,
+        on_tick: Callable[[dict[str, Any]], None] = lambda picture: None,
+        admitted_only: bool = True,
+    ) -> Record:
+        """Run the tasks for real, in a process of their own.
+
+        Args:
+            seconds: for how long jobs are released; None until Ctrl-C.
+            on_tick: called about ten times a second with a picture of now.
+            admitted_only: refuse a set that is not admitted.
+
+        Raises:
+            AdmissionError: the set is refused.
+            ExecutorError: the process ended by itself.
+            NarrowboatError: a model, weights or inputs cannot be used.
+        """
+        from narrowboat.tasks.execute.client import Child
+        from narrowboat.tasks.measure import request
+
+        if seconds is not None and not seconds > 0:
+            raise UsageError(f"cannot run for {seconds} seconds")
+        described_only = [task.name for task in self.settings.tasks if task.blocks is not None]
+        if described_only:
+            raise UsageError(
+                f"{', '.join(described_only)}: described by blocks, without a model; simulate the set, or name models"
+            )
+        verdict = self.require() if admitted_only else self.admit()
+        if verdict.needed_bytes > self.settings.budget:
+            raise AdmissionError("; ".join(verdict.reasons), verdict)
+        facts = self.facts()
+        fixed = sum(task.fixed_bytes for task in self.costed)
+        by_task = {
+            task.name: {
+                "facts": asdict(told),
+                "ends": list(task.ends if task.ends is not None else range(1, len(task.units) + 1)),
+                "pins": sorted(task.pins),
+            }
+            for task, told in zip(self.allocation.tasks, facts, strict=True)
+        }
+        with tempfile.TemporaryDirectory(prefix="narrowboat-") as folder:
+            path = Path(folder) / "record.json"
+            asked = request(
+                self.settings,
+                self.folder,
+                "run",
+                tasks=by_task,
+                pool_bytes=self.settings.budget - verdict.memory.pinned - fixed,
+                prefetch=prefetching(self.costed, self.settings),
+                seconds=seconds,
+                record=str(path),
+                setup=self.setup(facts),
+            )
+            with Child(asked) as child:
+                try:
+                    self._follow(child, on_tick)
+                except KeyboardInterrupt:
+                    child.tell({"do": "stop"})
+                    self._follow(child, on_tick)
+            return Record.load(path)
+
+    def _follow(self, child: Child, on_tick: Callable[[dict[str, Any]], None]) -> None:
+        for event in child.events():
+            if event["event"] == "progress":
+                self.tell(event["said"])
+            elif event["event"] == "tick":
+                on_tick(event)
 
     def setup(self, facts: list[TaskFacts]) -> dict[str, Any]:
         """What a run assumes, for its record."""

@@ -117,9 +117,7 @@ def test_where_the_demand_test_fails_its_numbers_say_so(tasks: list[Task], suppl
         assert (demand, supply.bound(found.instant)) == (found.demand, found.supply)
         assert found.demand + found.blocking > found.supply
         assert found.blocking == max([t.longest - 1 for t in tasks if t.deadline > found.instant], default=0)
-        assert not found.blocking or any(
-            t.name == found.blocker and t.longest - 1 == found.blocking for t in tasks
-        )
+        assert not found.blocking or any(t.name == found.blocker and t.longest - 1 == found.blocking for t in tasks)
 
 
 @settings(max_examples=100, deadline=None)
@@ -146,9 +144,7 @@ def test_the_largest_segment_is_the_largest(tasks: list[Task]) -> None:
     assert not early_enough(limit + 1)
 
 
-BLOCKS = st.lists(
-    st.builds(Block, st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7
-)
+BLOCKS = st.lists(st.builds(Block, st.integers(0, 9), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7)
 
 
 @settings(max_examples=200, deadline=None)

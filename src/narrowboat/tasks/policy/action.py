@@ -75,6 +75,20 @@ class View:
     upcoming: TaskFacts | None = None
 
 
+def held_bytes(view: View) -> int:
+    """Bytes of blocks and activations that jobs hold now, and what is being loaded or was loaded ahead."""
+    held = 0
+    for job in view.pending:
+        if job.started is not None:
+            held += job.task.activation_bytes + sum(job.task.nbytes[job.computed : job.loaded])
+    loading = view.doing.get(Engine.LOAD)
+    if loading is not None and loading.do in (Do.LOAD, Do.PREFETCH):
+        held += loading.task.nbytes[loading.block]
+    if view.prefetched is not None:
+        held += view.prefetched.nbytes[0]
+    return held
+
+
 class Policy(Protocol):
     """Asked at every event; never sees how long things will really take."""
 

@@ -1,4 +1,4 @@
-"""Demand paging: what memory-mapped weights do. A block is loaded when it is needed, and the least recently used go."""
+"""Demand paging, as memory-mapped weights do: a block is loaded when it is needed; the least recently used go."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from narrowboat.errors import TaskSpecError
-from narrowboat.tasks.spec.schema import BlockSpec, Contract, InputSpec, StorageSpec, SupplySpec, TasksSpec, TaskSpec
+from narrowboat.tasks.spec.schema import BlockSpec, Contract, InputSpec, StorageSpec, SupplySpec, TaskSpec, TasksSpec
 
 _MOST_BYTES = 4 << 20
 _PARTS: dict[str, type[BaseModel]] = {
@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if isinstance(key, (str, int, float, bool)) and key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
         seen.add(key if isinstance(key, (str, int, float, bool)) else None)
@@ -88,7 +88,10 @@ def tasks_from(told: Mapping[str, Any], where: str = "tasks", tree: yaml.Node | 
     try:
         return TasksSpec.model_validate(told)
     except ValidationError as error:
-        lines = [_message(dict(problem), told, where, tree) for problem in error.errors()]
+        found = error.errors()
+        # Where every item of a list is wrong, the list counts as too short; the items' own problems say more.
+        problems = [p for p in found if p["type"] != "too_short" or p["input"] in ((), [])] or found
+        lines = [_message(dict(problem), told, where, tree) for problem in problems]
         raise TaskSpecError("\n".join(dict.fromkeys(lines))) from error
 
 

@@ -27,6 +27,8 @@ def _whole(seconds: float) -> int:
 
 
 def _bytes(value: Any) -> int:
+    if not isinstance(value, bool) and str(value).strip().rstrip("kKmMgGiIbB ") in ("0", "0.0"):
+        return 0
     try:
         return parse_bytes(value, what="size")
     except QuantityError as error:
@@ -95,9 +97,9 @@ class InputSpec(_Strict):
 
     file: Annotated[str | None, Field(description="An image or .npy file, the same for every job.")] = None
     folder: Annotated[str | None, Field(description="Of such files, taken in turn by name.")] = None
-    generator: Annotated[str | None, Field(description="package.module:function that yields inputs; or 'example'.")] = (
-        None
-    )
+    generator: Annotated[
+        str | None, Field(description="package.module:function that yields inputs; or 'example'.")
+    ] = None
     queue: Annotated[str | None, Field(description="Name of a queue that the program or the gateway fills.")] = None
 
     @model_validator(mode="after")
@@ -118,9 +120,9 @@ class TaskSpec(_Strict):
     """One task."""
 
     name: Name
-    model: Annotated[
-        str | None, Field(description="package.module:factory, zoo:NAME, or a Hugging Face folder.")
-    ] = None
+    model: Annotated[str | None, Field(description="package.module:factory, zoo:NAME, or a Hugging Face folder.")] = (
+        None
+    )
     weights: Annotated[str | None, Field(description="The weights file; relative to tasks.yaml.")] = None
     input: Annotated[InputSpec | None, Field(description="The model's example inputs if left out.")] = None
     blocks: Annotated[
@@ -222,6 +224,22 @@ class TasksSpec(_Strict):
                 raise ValueError(f"two tasks are named {task.name!r}; names must differ")
             seen.add(task.name)
         return self
+
+    def plain(self) -> dict[str, Any]:
+        """As it could be written in a file: what another process can read."""
+        told: dict[str, Any] = _plain(self)
+        return told
+
+
+_TIMES = frozenset({"load", "compute", "period", "deadline", "jitter", "offset", "delay", "overhead"})
+
+
+def _plain(value: Any) -> Any:
+    """Times as strings with their unit: numbers would be seconds."""
+    if isinstance(value, BaseModel):
+        shown = {name: getattr(value, name) for name in type(value).model_fields}
+        return {n: f"{v}us" if n in _TIMES and v is not None else _plain(v) for n, v in shown.items() if v is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""Memory that moves between fixed addresses: pages of one file in memory, mapped where a block needs them.
+
+A block's tensors are made once, over addresses that never change. While the block is in, pages of the pool are mapped
+there; when it goes, they are mapped elsewhere. Mapping 20 MiB takes about 1.4 ms and unmapping 0.7 ms (measured, Linux
+6.18), less than a tenth of reading them, and what is mapped in all is never more than the pool.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from functools import cache
+
+from narrowboat.arena.slab import PAGE, Slab
+from narrowboat.errors import StorageError
+from narrowboat.quantities import format_bytes
+
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_MAP_POPULATE = 0x8000
+Extents = list[tuple[int, int]]
+
+
+class PagePool:
+    """A fixed number of bytes in pages, lent in extents.
+
+    Args:
+        nbytes: size; rounded down to pages.
+        lock: keep its pages from being swapped out.
+
+    Attributes:
+        locked: whether that was granted.
+
+    Raises:
+        StorageError: the system has no such memory to give.
+    """
+
+    def __init__(self, nbytes: int, *, lock: bool = False) -> None:
+        self.nbytes = max(nbytes // PAGE, 0) * PAGE
+        self.fd = os.memfd_create("narrowboat-pool", os.MFD_CLOEXEC)
+        self.locked = False
+        try:
+            os.ftruncate(self.fd, self.nbytes)
+            if self.nbytes:
+                os.posix_fallocate(self.fd, 0, self.nbytes)
+        except OSError as error:
+            os.close(self.fd)
+            raise StorageError(
+                f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget"
+            ) from error
+        self._free: Extents = [(0, self.nbytes)] if self.nbytes else []
+        self._lock = lock
+
+    @property
+    def free_bytes(self) -> int:
+        """Lent to nobody."""
+        return sum(nbytes for _, nbytes in self._free)
+
+    def take(self, nbytes: int) -> Extents | None:
+        """Extents of that many bytes (whole pages), not always in one piece; None if there are too few."""
+        if nbytes > self.free_bytes:
+            return None
+        taken: Extents = []
+        while nbytes:
+            # In one piece if any is large enough: fewer mappings.
+            place = next((i for i, (_, size) in enumerate(self._free) if size >= nbytes), None)
+            if place is None:
+                place = max(range(len(self._free)), key=lambda i: self._free[i][1])
+            offset, size = self._free.pop(place)
+            part = min(size, nbytes)
+            if size > part:
+                self._free.append((offset + part, size - part))
+            taken.append((offset, part))
+            nbytes -= part
+        return taken
+
+    def give(self, extents: Extents) -> None:
+        """Take extents back."""
+        merged: Extents = []
+        for offset, nbytes in sorted([*self._free, *extents]):
+            if merged and merged[-1][0] + merged[-1][1] == offset:
+                merged[-1] = merged[-1][0], merged[-1][1] + nbytes
+            else:
+                merged.append((offset, nbytes))
+        self._free = merged
+
+    def close(self) -> None:
+        """Give the memory back; what is mapped stays until its addresses go."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class PooledSlab(Slab):
+    """Addresses without memory, backed from a pool piece by piece.
+
+    Args:
+        nbytes: of addresses.
+        pool: whose pages.
+    """
+
+    def __init__(self, nbytes: int, pool: PagePool) -> None:
+        super().__init__(nbytes, populate=False)
+        self._pool = pool
+
+    def back(self, offset: int, extents: Extents) -> None:
+        """Map the pool's extents one after the other from ``offset`` on.
+
+        Raises:
+            StorageError: the system refuses.
+        """
+        at = self.address + offset
+        for place, nbytes in extents:
+            _map(at, nbytes, mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE, self._pool.fd, place)
+            if self._pool._lock:
+                refused = _libc().mlock(ctypes.c_void_p(at), ctypes.c_size_t(nbytes))
+                self._pool.locked = not refused
+            at += nbytes
+
+    def unback(self, offset: int, nbytes: int) -> None:
+        """Leave the addresses without memory; they read as zeros."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+        _map(self.address + offset, nbytes, flags, -1, 0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    return library
+
+
+def _map(address: int, nbytes: int, flags: int, fd: int, offset: int) -> None:
+    found = _libc().mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    if found != address:
+        reason = os.strerror(ctypes.get_errno())
+        raise StorageError(f"cannot map {format_bytes(nbytes)} of memory: {reason}; lower the budget")

@@ -1,0 +1,55 @@
+"""What ``narrowboat tasks run`` shows while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.live import Live
+
+from narrowboat.cli.output import error_console, make_table
+from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.tasks.task_set import TaskSet
+
+
+@contextmanager
+def live_view(task_set: TaskSet, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what a run is to call with every picture; on stderr, and only where that is a terminal.
+
+    Args:
+        task_set: what runs; its progress is told too.
+        quiet: show nothing.
+    """
+    screen = error_console()
+    if quiet or not screen.is_terminal:
+        if not quiet:
+            task_set.tell = lambda said: screen.print(said, highlight=False)
+        yield lambda picture: None
+        return
+    with Live(console=screen, refresh_per_second=8, transient=True) as live:
+        task_set.tell = lambda said: live.update(said)
+        yield lambda picture: live.update(_table(task_set, picture))
+
+
+def _table(task_set: TaskSet, picture: dict[str, Any]) -> Any:
+    busy = picture["busy"]
+    title = (
+        f"{format_seconds(picture['now_us'] / 1e6)}  computing {busy['compute']:.0%}  loading {busy['load']:.0%}  "
+        f"{format_bytes(picture['held_bytes'])} of {format_bytes(task_set.settings.budget)}  "
+        + "  ".join(f"{engine}: {what}" for engine, what in picture["doing"].items())
+    )
+    rows = []
+    for spec in task_set.settings.tasks:
+        told = picture["tasks"].get(spec.name, {})
+        least = told.get("slack_us")
+        rows.append(
+            (
+                spec.name,
+                str(told.get("done", 0)),
+                str(told.get("missed", 0)),
+                "" if least is None else format_seconds(least / 1e6),
+                format_bytes(told.get("held_bytes", 0)),
+            )
+        )
+    return make_table(title, ["task", "done", "missed", "least slack", "holds"], rows, right=["done", "missed"])

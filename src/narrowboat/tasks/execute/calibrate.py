@@ -1,0 +1,124 @@
+"""What every unit of every network costs on this machine: loads beside computing, computing beside loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from narrowboat.arena.pool import PagePool
+from narrowboat.machine.cache import cache_folder, write_durably
+from narrowboat.tasks.execute.executor import Executor, Running
+from narrowboat.tasks.execute.inputs import Source
+from narrowboat.tasks.execute.load_models import Loaded, activation_bytes, allocator_bytes
+from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.execute.space import SwapSpace
+from narrowboat.tasks.job import TaskFacts
+from narrowboat.tasks.policy import order
+from narrowboat.tasks.policy.boundaries import BlockBoundaries
+from narrowboat.tasks.record import Record
+from narrowboat.tasks.spec.load import tasks_from
+
+if TYPE_CHECKING:
+    from narrowboat.tasks.execute.child import Pipe
+
+FORMAT = 1
+_SECONDS = 8.0  # of jobs, per network
+_LEAST, _MOST, _WARM = 8, 1000, 2
+CONDITION = "blocks computed while the next is read, nothing else running for us; one thread per operator"
+
+
+def measure(told: dict[str, Any], folder: Path, pipe: Pipe) -> dict[str, Any]:
+    """Costs of all networks, from the cache where it has them."""
+    settings = tasks_from(told)
+    loaded = Loaded(settings, folder, lambda said: pipe.tell("progress", said=said))
+    costs: dict[str, dict[str, Any]] = {}
+    for name, model in loaded.of.items():
+        digest = loaded.digests[name]
+        if digest in costs:
+            continue
+        path = cache_folder() / "tasks" / f"{digest}.json"
+        kept = _kept(path, digest)
+        if kept is None:
+            pipe.tell("progress", said=f"measuring {name}")
+            kept = {"format": FORMAT, "digest": digest, **_measure(model)}
+            try:
+                write_durably(path, json.dumps(kept))
+            except OSError as error:
+                pipe.tell("progress", said=f"the profile of {name} cannot be kept: {error.strerror}")
+        costs[digest] = kept
+    return {
+        "digests": loaded.digests,
+        "costs": costs,
+        "fixed": {name: model.fixed_bytes + model.staying_bytes for name, model in loaded.of.items()},
+        "activations": {name: activation_bytes(model) for name, model in loaded.of.items()},
+        "allocator": allocator_bytes(loaded.models),
+        "chunk_bytes": {name: m.prepared.storage.chunk * m.prepared.storage.depth for name, m in loaded.of.items()},
+    }
+
+
+def _kept(path: Path, digest: str) -> dict[str, Any] | None:
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    right = isinstance(told, dict) and told.get("format") == FORMAT and told.get("digest") == digest
+    return told if right and told.get("units") else None
+
+
+def _measure(model: TaskModel) -> dict[str, Any]:
+    sizes = [unit.nbytes for unit in model.units]
+    pairs = max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+    pool = PagePool(max(pairs, 1 << 20), lock=True)  # as in a run: locking takes time too
+    ends = range(1, len(sizes) + 1)
+    model.arrange(pool, list(ends), ())
+    there = tuple(place.nbytes if place is not None else 0 for place in model.places)
+    facts = TaskFacts("calibration", 0, tuple(int(n > 0) for n in there), (1,) * len(sizes), there, 1 << 40, 1 << 40)
+    running = Running(facts, model, Source(lambda: model.inputs), closed_loop=True)
+    space = SwapSpace(pool, remember=False)
+    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
+    first = executor.run(None, jobs=_WARM + 1)
+    once = max(first.end / (_WARM + 1) / 1e6, 1e-4)
+    running.released, running.worker = 0, None
+    jobs = min(max(math.ceil(_SECONDS / once), _LEAST), _MOST)
+    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
+    record = executor.run(None, jobs=jobs)
+    pool.close()
+    return _summary(record, sizes, jobs, executor.overheads)
+
+
+def _summary(record: Record, sizes: list[int], jobs: int, overheads: list[int]) -> dict[str, Any]:
+    loads: list[list[int]] = [[] for _ in sizes]
+    computes: list[list[int]] = [[] for _ in sizes]
+    for segment in record.segments:
+        (loads if segment.engine == "load" else computes)[segment.block].append(segment.end - segment.begin)
+    failed = next((job.cause for job in record.jobs if job.outcome == "failed"), None)
+    if failed is not None or not all(computes):
+        from narrowboat.errors import ModelError
+
+        raise ModelError(f"it cannot be a task: {failed or 'no job ended'}")
+    ordered = sorted(overheads)
+    return {
+        "n": jobs,
+        "condition": CONDITION,
+        "overhead_us": ordered[int(len(ordered) * 0.99)] if ordered else 0,
+        "overhead_median_us": ordered[len(ordered) // 2] if ordered else 0,
+        "real_time": record.premises["real_time"],
+        "units": [
+            {"bytes": size, "load_us": _spread(load), "compute_us": _spread(compute)}
+            for size, load, compute in zip(sizes, loads, computes, strict=True)
+        ],
+    }
+
+
+def _spread(times: list[int]) -> dict[str, int]:
+    if not times:
+        return {"n": 0, "median": 0, "p99.9": 0, "max": 0}
+    ordered = sorted(times)
+    return {
+        "n": len(ordered),
+        "median": ordered[len(ordered) // 2],
+        "p99.9": ordered[min(math.ceil(len(ordered) * 0.999), len(ordered)) - 1],
+        "max": ordered[-1],
+    }

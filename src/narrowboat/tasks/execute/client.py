@@ -1,0 +1,105 @@
+"""The asking side of the executor's process: start it, hear what it says, notice when it is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from narrowboat import errors
+from narrowboat.errors import ExecutorError, NarrowboatError
+
+
+class Child:
+    """One executor process, for one request.
+
+    Args:
+        request: what it should do.
+
+    Raises:
+        ExecutorError: it could not be started.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        reading, writing = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "narrowboat.tasks.execute.child", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=self._errors,
+                stderr=self._errors,
+                pass_fds=(writing,),
+            )
+        except OSError as error:
+            os.close(reading)
+            raise ExecutorError(f"the executor could not be started: {error.strerror}") from error
+        finally:
+            os.close(writing)
+        self._lines = os.fdopen(reading, encoding="utf-8")
+        self.tell(request)
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """One line to its stdin."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(told).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; whoever listens hears why
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What it says, until it ends.
+
+        Raises:
+            ExecutorError: it ended by itself, without saying that it is done.
+            NarrowboatError: what went wrong there.
+        """
+        finished = False
+        for line in self._lines:
+            told = json.loads(line)
+            if told["event"] == "error":
+                self.process.wait()
+                kind = getattr(errors, told["type"], NarrowboatError)
+                try:
+                    raise kind(told["message"])
+                except TypeError:  # an error that takes more than a message
+                    raise NarrowboatError(told["message"]) from None
+            finished = finished or told["event"] in ("measured", "done")
+            yield told
+        code = self.process.wait()
+        if not finished:
+            raise ExecutorError(f"the executor {_how(code)}; {self._said()}")
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        return f"it last said: {lines[-1][:300]}" if lines else "it said nothing"
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self._lines.close()
+        self._errors.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    return f"ended by itself with exit code {code}"

@@ -1,0 +1,523 @@
+"""The dispatcher: releases jobs on time, asks the policy at every boundary, and writes down what happened.
+
+Everything is decided under one lock. Workers compute, the loader loads; whoever reports that it has ended takes the
+next decision in its own thread, so that a job that goes on does so without any change of threads. The dispatcher's own
+thread releases jobs by the clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from narrowboat.errors import NarrowboatError
+from narrowboat.machine.malloc import trim
+from narrowboat.machine.memory import process_memory, resident_bytes
+from narrowboat.tasks.execute import realtime
+from narrowboat.tasks.execute.gate import JobEnded
+from narrowboat.tasks.execute.inputs import InputsEndedError, Source
+from narrowboat.tasks.execute.loader import Loader, Order
+from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.execute.space import SwapSpace
+from narrowboat.tasks.execute.worker import Worker
+from narrowboat.tasks.job import Job, TaskFacts
+from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View, held_bytes
+from narrowboat.tasks.record import JobRecord, Record, Segment
+
+_CHANGE = 1 << 16  # bytes by which memory changes before that is written down
+_GRACE = 5.0  # seconds that jobs under way at the end may take
+
+
+@dataclass(eq=False)
+class Running:
+    """A task in the executor.
+
+    Attributes:
+        facts: as the policy sees it.
+        model: its network.
+        source: of its inputs.
+        offset: of its first release, microseconds.
+        burst: jobs that may wait at once.
+        overrun: what to do with a job that is over its budget: "finish", "abort" or "degrade".
+        on_output: called with every output, in the task's thread's time.
+        closed_loop: a job comes whenever the one before has ended, whatever the period.
+    """
+
+    facts: TaskFacts
+    model: TaskModel
+    source: Source
+    offset: int = 0
+    burst: int = 1
+    overrun: str = "finish"
+    on_output: Callable[[Any], None] | None = None
+    closed_loop: bool = False
+    released: int = 0
+    ended: bool = False
+    worker: Worker | None = None
+
+    @property
+    def next_release(self) -> int:
+        """By the clock, never by the job before: nothing drifts."""
+        return self.offset + self.released * self.facts.period
+
+    @property
+    def budget(self) -> int:
+        """Of one job's segments together."""
+        loads = [*self.facts.loads[1:], 0]
+        return self.facts.loads[0] + sum(max(c, load) for c, load in zip(self.facts.computes, loads, strict=True))
+
+
+class Executor:
+    """Runs tasks until a time.
+
+    Args:
+        tasks: in the order of their indices.
+        policy: decides.
+        space: the swap space.
+        budget: bytes over the baseline.
+        baseline: resident bytes of the process without the tasks.
+        compute_core, load_core: to pin to; None for anywhere.
+        on_tick: called about ten times a second with a picture of now, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Running],
+        policy: Policy,
+        space: SwapSpace,
+        *,
+        budget: int,
+        baseline: int,
+        compute_core: int | None = None,
+        load_core: int | None = None,
+        on_tick: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.tasks, self.policy, self.space = list(tasks), policy, space
+        self.budget, self.baseline = budget, baseline
+        self.granted = realtime.RealTime()
+        self.record = Record()
+        self.stop_requested = False
+        self._cores = realtime.cores(compute_core, load_core)
+        self._on_tick = on_tick
+        self._by_name = {task.facts.name: task for task in self.tasks}
+        self._view = View(0)
+        self._of: dict[Job, JobRecord] = {}
+        self._inputs: dict[Job, tuple[Any, ...]] = {}
+        self._began: dict[Engine, int] = {}
+        self._order: Order | None = None
+        self._prefetched: Order | None = None
+        self._failure: BaseException | None = None
+        self._wake = threading.Condition()
+        self._zero = 0
+        self._idle_since = 0
+        self._ran: Job | None = None
+        self._tally: dict[str, dict[str, int]] = {task.facts.name: {"done": 0, "missed": 0} for task in tasks}
+        self._busy_time = {engine.value: 0 for engine in Engine}
+        self._spent: dict[Job, int] = {}
+        self._last_tick = 0
+        self._memory = 0
+        self.overheads: list[int] = []
+        self.late_wakes: list[int] = []
+        self.overruns: list[dict[str, Any]] = []
+
+    # -- reports, from other threads -------------------------------------------------------------------
+
+    def _now(self) -> int:
+        return time.monotonic_ns() // 1000 - self._zero
+
+    def _report(self, handle: Callable[[], None]) -> None:
+        """Take in that something has ended, and decide what follows. Errors are the dispatcher's, not the model's."""
+        with self._wake:
+            if self._failure is None:
+                try:
+                    handle()
+                    self._view.now = self._now()
+                    self._decide()
+                except BaseException as error:
+                    self._failure = error
+            if self._failure is not None or not self._view.pending:
+                self._wake.notify()
+
+    def computed(self, worker: Worker, block: int) -> None:
+        """A block before the last is done."""
+        when = self._now()
+        self._report(lambda: self._after_compute(worker, when, None, finished=False))
+
+    def finished(self, worker: Worker, output: Any, error: BaseException | None) -> None:
+        """A job has come to its end."""
+        when = self._now()
+        self._report(lambda: self._after_compute(worker, when, error, finished=True))
+        task = self._by_name[worker.name.removeprefix("narrowboat-")]
+        if error is None and task.on_output is not None:
+            task.on_output(output)
+
+    def _loaded(self, order: Order) -> None:
+        when = self._now()
+        self._report(lambda: self._after_load(order, when))
+
+    # -- the run ---------------------------------------------------------------------------------------
+
+    def run(self, seconds: float | None, jobs: int | None = None) -> Record:
+        """Release jobs for that long (or that many per task), then let those under way end.
+
+        Args:
+            seconds: None for until ``stop_requested``.
+            jobs: of each task at most.
+        """
+        loader = self._loader = Loader(self.space, self._enter(realtime.LOAD, self._cores[1]), self._loaded)
+        loader.start()
+        for task in self.tasks:
+            for thread in task.model.reader.threads():
+                realtime.move(self.granted, thread, realtime.LOAD, self._cores[1])
+            enter = self._enter(realtime.COMPUTE, self._cores[0])
+            task.worker = Worker(task.facts.name, task.model, enter, self)
+            task.worker.start()
+        self._enter(realtime.DISPATCH, self._cores[1])()
+        realtime.freeze()
+        majors = _major_faults()
+        self._zero = time.monotonic_ns() // 1000
+        wall = time.time()
+        until = None if seconds is None else round(seconds * 1e6)
+        try:
+            self._loop(until, jobs)
+        finally:
+            self.record.end = self._now()
+            self._shut(loader)
+            realtime.thaw()
+            realtime.leave()
+        self.record.jobs.sort(key=lambda job: (job.release, job.task))
+        stepped = abs((time.time() - wall) - self.record.end / 1e6)
+        self.record.premises = self._premises(_major_faults() - majors, stepped)
+        return self.record
+
+    def _enter(self, priority: int, core: int | None) -> Callable[[], None]:
+        return lambda: realtime.enter(self.granted, priority, core)
+
+    def _loop(self, until: int | None, jobs: int | None) -> None:
+        with self._wake:
+            while self._failure is None:
+                self._view.now = now = self._now()
+                closing = self.stop_requested or (until is not None and now >= until)
+                if not closing:
+                    self._release(now, until, jobs)
+                upcoming = self._upcoming(until, jobs) if not closing else None
+                done = closing or upcoming is None
+                if done and not self._view.pending and not self._busy():
+                    return
+                if done and until is not None and now >= until + _GRACE * 1e6:
+                    return
+                self._view.upcoming = upcoming.facts if upcoming is not None else None
+                self._expire(now)
+                self._decide()
+                self._tick(now)
+                left = (
+                    0.05
+                    if upcoming is None or upcoming.closed_loop
+                    else min((upcoming.next_release - self._now()) / 1e6, 0.05)
+                )
+                if left > 0:
+                    self._wake.wait(left)
+        raise self._failure
+
+    def _busy(self) -> bool:
+        return any(action.do is not Do.PREFETCH for action in self._view.doing.values())
+
+    def _upcoming(self, until: int | None, jobs: int | None) -> Running | None:
+        coming = [
+            task
+            for task in self.tasks
+            if not task.ended
+            and (jobs is None or task.released < jobs)
+            and (until is None or task.next_release < until)
+        ]
+        return min(coming, key=lambda task: task.next_release, default=None)
+
+    # -- jobs ------------------------------------------------------------------------------------------
+
+    def _release(self, now: int, until: int | None, jobs: int | None) -> None:
+        for task in self.tasks:
+            while not task.ended and self._due(task, now):
+                if (jobs is not None and task.released >= jobs) or (until is not None and task.next_release >= until):
+                    break
+                when, number = now if task.closed_loop else task.next_release, task.released
+                task.released += 1
+                self.late_wakes.append(now - when)
+                job = Job(task.facts, number, when)
+                told = JobRecord(task.facts.name, number, when, job.due)
+                self.record.jobs.append(told)
+                waiting = sum(other.task is task.facts for other in self._view.pending)
+                if waiting >= task.burst:
+                    told.outcome, told.cause = "skipped", "the job before is still under way"
+                    self._tally[told.task]["missed"] += 1
+                    continue
+                try:
+                    inputs = task.source.take()
+                except InputsEndedError:
+                    task.ended = True
+                    self.record.jobs.pop()
+                    break
+                except NarrowboatError as error:
+                    told.outcome, told.cause = "skipped", str(error)
+                    task.ended = True
+                    continue
+                if inputs is None:
+                    told.outcome, told.cause = "skipped", "no input has come"
+                    continue
+                self._of[job], self._inputs[job], self._spent[job] = told, inputs, 0
+                self._view.pending.append(job)
+
+    def _due(self, task: Running, now: int) -> bool:
+        if task.closed_loop:
+            return all(job.task is not task.facts for job in self._view.pending)
+        return task.next_release <= now
+
+    def _expire(self, now: int) -> None:
+        """A job that has not begun by its deadline is dropped: it would only make others late."""
+        for job in [job for job in self._view.pending if job.started is None and now >= job.due]:
+            self._end(job, now, "skipped", "its deadline had passed before it began")
+
+    def _end(self, job: Job, now: int, outcome: str, cause: str) -> None:
+        self._view.pending.remove(job)
+        told = self._of.pop(job)
+        self._inputs.pop(job), self._spent.pop(job)
+        told.outcome, told.cause = outcome, cause
+        self._count(told, outcome, now)
+        for block in range(job.computed, job.loaded):
+            self._let_go(job.task, block)
+
+    def _count(self, told: JobRecord, outcome: str, now: int) -> None:
+        tally = self._tally[told.task]
+        tally["done" if outcome == "done" else "missed"] += 1
+        if outcome in ("done", "late"):
+            told.finish = now
+            tally["slack_us"] = min(tally.get("slack_us", told.due - now), told.due - now)
+
+    def _let_go(self, task: TaskFacts, block: int) -> None:
+        place = self._by_name[task.name].model.places[block]
+        if place is not None:
+            self._loader.let_go(place)
+
+    # -- decisions -------------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        while True:
+            self._view.free_bytes = self.space.pool.nbytes - held_bytes(self._view)
+            actions = self.policy.choose(self._view)
+            if not actions:
+                return
+            for action in actions:
+                self._start(action)
+
+    def _start(self, action: Action) -> None:
+        view, now = self._view, self._now()
+        if action.do is Do.ABORT:
+            assert self._order is not None
+            self._order.give_up()
+            view.doing[Engine.LOAD] = Action(Do.LOAD, action.task)
+            return
+        if action.do is Do.ADOPT:
+            assert action.job is not None
+            view.doing[Engine.LOAD] = Action(Do.LOAD, action.task, action.job)
+            self._begin(action.job, now)
+            return
+        if action.do is not Do.PREFETCH and self._prefetched is not None and Engine.LOAD not in view.doing:
+            self._use_prefetched(action)
+        engine = action.do.engine
+        view.doing[engine], self._began[engine] = action, now
+        task = self._by_name[action.task.name]
+        if engine is Engine.LOAD:
+            self._order = Order(task.model, action.block)
+            if action.job is not None:
+                self._begin(action.job, now)
+            self._loader.order(self._order)
+            return
+        job = action.job
+        assert job is not None and task.worker is not None
+        if self._idle_since:
+            self.overheads.append(now - self._idle_since)
+            self._idle_since = 0
+        self._begin(job, now)
+        job.loaded = max(job.loaded, action.block + 1)
+        task.worker.compute(job, action.block, self._inputs[job])
+
+    def _use_prefetched(self, action: Action) -> None:
+        """At a boundary: what was loaded ahead is this job's, or nobody's."""
+        assert self._view.prefetched is not None
+        if action.job is not None and action.job.task is self._view.prefetched and action.job.untouched:
+            action.job.loaded = 1
+        else:
+            self._let_go(self._view.prefetched, 0)
+        self._view.prefetched = self._prefetched = None
+
+    def _begin(self, job: Job, now: int) -> None:
+        if job.started is None:
+            job.started = self._of[job].start = now
+        ran = self._ran
+        if ran is not None and ran is not job and ran in self._of and not ran.finished:
+            self._of[ran].preemptions += 1
+        self._ran = job
+
+    # -- what has ended --------------------------------------------------------------------------------
+
+    def _after_load(self, order: Order, when: int) -> None:
+        view = self._view
+        action = view.doing.pop(Engine.LOAD)
+        begin, job = self._began.pop(Engine.LOAD), action.job
+        what = "abort" if order.given_up else action.do.value
+        self._segment(Engine.LOAD, what, action, begin, when)
+        self._order = None
+        if order.given_up:
+            pass
+        elif order.error is not None:
+            if job is not None and job in self._of:
+                self._fail(job, when, f"loading failed: {order.error}")
+        elif action.do is Do.PREFETCH:
+            view.prefetched, self._prefetched = action.task, order
+        elif job is not None and job in self._of:
+            job.loaded = max(job.loaded, action.block + 1)
+            self._over(job, "load", action.block, when - begin, action.task.loads[action.block])
+        else:
+            self._let_go(action.task, action.block)  # its job ended meanwhile
+        self._boundary(when)
+
+    def _after_compute(self, worker: Worker, when: int, error: BaseException | None, *, finished: bool) -> None:
+        action = self._view.doing.pop(Engine.COMPUTE, None)
+        if action is None or action.job is None:
+            return  # a job that was ended at a boundary has gone
+        begin, job = self._began.pop(Engine.COMPUTE), action.job
+        self._segment(Engine.COMPUTE, action.do.value, action, begin, when)
+        self.policy.ended(action, when)
+        self._spent[job] += when - begin
+        if error is not None:
+            cause = "it was ended" if isinstance(error, JobEnded) else f"{type(error).__name__}: {error}"
+            self._end(job, when, "failed", " ".join(cause.split())[:300])
+        else:
+            job.computed = action.block + 1
+            self._let_go(job.task, action.block)
+            self._over(job, "compute", action.block, when - begin, job.task.computes[action.block])
+            if finished:
+                late = when > job.due
+                self._end(job, when, "late" if late else "done", "over its deadline" if late else "")
+        self._boundary(when)
+
+    def _boundary(self, when: int) -> None:
+        if not self._view.doing and self._view.pending:
+            self._idle_since = when
+        self._look()
+
+    def _segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
+        number = action.job.number if action.job is not None else -1
+        self._busy_time[engine.value] += end - begin
+        self.record.segments.append(Segment(engine.value, what, action.task.name, number, action.block, begin, end))
+
+    def _over(self, job: Job, engine: str, block: int, took: int, allowed: int) -> None:
+        """A segment over its budget voids the analysis; what becomes of the job is the task's own choice."""
+        if took <= allowed:
+            return
+        told = {"task": job.task.name, "job": job.number, "engine": engine, "block": block}
+        self.overruns.append({**told, "took_us": took, "budget_us": allowed})
+        task = self._by_name[job.task.name]
+        if self._spent[job] <= task.budget or job.finished:
+            return
+        if task.overrun == "degrade":
+            job.degraded = True
+        elif task.overrun == "abort" and job in self._of:
+            self._abort(job, "over its budget")
+
+    def _abort(self, job: Job, cause: str) -> None:
+        worker = self._by_name[job.task.name].worker
+        if worker is not None and worker.job is job:
+            worker.end_job()
+        self._end(job, self._now(), "aborted", cause)
+
+    def _fail(self, job: Job, when: int, cause: str) -> None:
+        worker = self._by_name[job.task.name].worker
+        computing = self._view.doing.get(Engine.COMPUTE)
+        if computing is not None and computing.job is job:
+            return  # the block under way ends first; the next one will be asked for again
+        if worker is not None and worker.job is job:
+            worker.end_job()
+        self._end(job, when, "failed", " ".join(cause.split())[:300])
+
+    # -- memory ----------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        held = resident_bytes() - self.baseline
+        if held > self.budget:
+            trim(refill=False)
+            held = resident_bytes() - self.baseline
+        if abs(held - self._memory) >= _CHANGE:
+            self._memory = held
+            self.record.memory.append((self._now(), held))
+
+    def _tick(self, now: int) -> None:
+        if self._on_tick is None or now - self._last_tick < 100_000:
+            return
+        self._last_tick = now
+        self._on_tick(self.picture(now))
+
+    def picture(self, now: int) -> dict[str, Any]:
+        """Now, for whoever watches."""
+        doing = {e.value: f"{a.task.name} block {a.block}" for e, a in self._view.doing.items()}
+        tasks: dict[str, dict[str, int]] = {name: dict(told) for name, told in self._tally.items()}
+        for job in self._view.pending:
+            if job.started is not None:
+                tasks[job.task.name]["held_bytes"] = sum(job.task.nbytes[job.computed : job.loaded])
+        return {
+            "now_us": now,
+            "doing": doing,
+            "pending": [f"{job.task.name} #{job.number}" for job in self._view.pending],
+            "held_bytes": self._memory,
+            "busy": {engine: spent / max(now, 1) for engine, spent in self._busy_time.items()},
+            "tasks": tasks,
+        }
+
+    def _premises(self, majors: int, stepped: float) -> dict[str, Any]:
+        peak = process_memory().hwm - self.baseline
+        return {
+            "real_time": self.granted.as_json(),
+            "pool_locked": self.space.pool.locked,
+            "peak_bytes": peak,
+            "major_faults": majors,
+            "clock_step_s": round(stepped, 3),
+            "boundary_overhead_us": _spread(self.overheads),
+            "release_lateness_us": _spread(self.late_wakes),
+            "overruns": len(self.overruns),
+            "first_overruns": self.overruns[:20],
+            "blocks_found_in_memory": self.space.hits,
+        }
+
+    def _shut(self, loader: Loader) -> None:
+        if self._order is not None:
+            self._order.give_up()
+        for task in self.tasks:
+            if task.worker is not None:
+                if task.worker.job is not None:
+                    task.worker.end_job()
+                task.worker.stop()
+        loader.stop()
+        loader.join(_GRACE)
+        for task in self.tasks:
+            if task.worker is not None:
+                task.worker.join(_GRACE)
+
+
+def _spread(values: Sequence[int]) -> Mapping[str, int]:
+    if not values:
+        return {"n": 0}
+    ordered = sorted(values)
+    return {
+        "n": len(ordered),
+        "median": ordered[len(ordered) // 2],
+        "p99": ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)],
+        "max": ordered[-1],
+    }
+
+
+def _major_faults() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -1,0 +1,97 @@
+"""The networks of a set, each once: tasks that run one network share its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from narrowboat.errors import NarrowboatError, TaskSpecError
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
+from narrowboat.machine.memory import process_memory
+from narrowboat.profile.memory import activation_parts
+from narrowboat.profile.warmup import warm_up, warm_up_stand_ins, warm_up_tracer
+from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec
+
+POLICY = MallocPolicy.BALANCED  # holes from 1 MiB go back, so that jobs in between each other do not pile them up
+
+
+class Loaded:
+    """All networks of a set.
+
+    Attributes:
+        baseline: resident bytes of the process without them, what their factories import included.
+        of: the network of each task, by the task's name.
+        digests: by the task's name, what is equal for tasks that share a network.
+    """
+
+    def __init__(self, settings: TasksSpec, folder: Path, tell: Callable[[str], None]) -> None:
+        torch.set_num_threads(1)
+        warm_up()
+        warm_up_tracer()
+        warm_up_stand_ins()
+        self.baseline = process_memory().rss
+        self.of: dict[str, TaskModel] = {}
+        self.digests: dict[str, str] = {}
+        known: dict[tuple[str, str | None], TaskModel] = {}
+        for task in settings.tasks:
+            if task.model is None:
+                raise TaskSpecError(f"task {task.name!r} has blocks and no model: it can be simulated, and not run")
+            key = (task.model, task.weights)
+            if key not in known:
+                tell(f"loading {task.name}")
+                known[key] = _open(task, folder)
+                self.baseline += known[key].prepared.library_bytes
+            self.of[task.name] = known[key]
+            self.digests[task.name] = digest_of(known[key])
+        set_malloc_policy(POLICY)
+
+    @property
+    def models(self) -> list[TaskModel]:
+        """Each once."""
+        return list(dict.fromkeys(self.of.values()))
+
+    def heap_bytes(self) -> int:
+        """For activations of all tasks at once, as a preempted job keeps its own, and the heap's holes."""
+        most = [activation_parts(model.trace, POLICY) for model in self.of.values()]
+        holes = max((parts["allocator"] for parts in most), default=0)
+        return sum(parts["activations"] for parts in most) + holes
+
+
+def activation_bytes(model: TaskModel) -> int:
+    """Of one job."""
+    return activation_parts(model.trace, POLICY)["activations"]
+
+
+def allocator_bytes(models: list[TaskModel]) -> int:
+    """Holes of the one heap that all jobs share."""
+    return max((activation_parts(model.trace, POLICY)["allocator"] for model in models), default=0)
+
+
+def digest_of(model: TaskModel) -> str:
+    """Of weights, model code, inputs' shapes, torch and processor: what measurements depend on."""
+    measured = model.prepared.measured
+    identity = measured.identity if measured is not None else {"weights": model.prepared.index.digest}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def spec_name(name: str) -> str:
+    """``zoo:NAME`` in full."""
+    return f"narrowboat.{name}" if name.startswith("zoo:") else name
+
+
+def _open(task: TaskSpec, folder: Path) -> TaskModel:
+    assert task.model is not None
+    source = folder / task.input.file if task.input is not None and task.input.file is not None else None
+    name = spec_name(task.model)
+    if ":" not in name:
+        name = str(folder / name)
+    try:
+        return TaskModel(name, folder / task.weights if task.weights is not None else None, source)
+    except NarrowboatError as error:
+        error.args = (f"task {task.name!r}: {error}", *error.args[1:])
+        raise

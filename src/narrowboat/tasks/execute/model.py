@@ -1,0 +1,211 @@
+"""A task's network in the executor: a skeleton, its weights at fixed addresses, cut into blocks."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from narrowboat.arena.pool import PagePool, PooledSlab
+from narrowboat.arena.slab import PAGE, Slab
+from narrowboat.errors import ModelError
+from narrowboat.profile.order import split_example
+from narrowboat.profile.skeleton import attach_slots
+from narrowboat.profile.use_trace import UseTrace
+from narrowboat.profile.workload import Group, form_groups
+from narrowboat.stream.blocks import BlockState, State, extents_of
+from narrowboat.stream.prepare import prepare
+from narrowboat.stream.reader import Job as ReadJob
+from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.wrap import wrap_modules
+from narrowboat.tasks.execute.gate import Gate
+from narrowboat.tasks.execute.space import Place
+from narrowboat.trace import Trace
+from narrowboat.zoo.request import Request, find_request
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The least that can be a block: weights whose uses overlap.
+
+    Attributes:
+        groups: their numbers.
+        first_step: of the traced pass, at which it begins.
+        nbytes: it takes in memory, whole pages.
+    """
+
+    groups: tuple[int, ...]
+    first_step: int
+    nbytes: int
+
+
+def form_units(groups: Sequence[Group]) -> tuple[list[Unit], list[int]]:
+    """Units in order of use, and the numbers of the groups that have to stay: used again after others were.
+
+    The first unit begins with the pass, whatever its first weight.
+    """
+    single = sorted(
+        (group.block.holds[0][0], group.block.holds[0][1], number)
+        for number, group in enumerate(groups)
+        if len(group.block.holds) == 1
+    )
+    staying = [number for number, group in enumerate(groups) if len(group.block.holds) > 1]
+    spans: list[tuple[int, int, list[int]]] = []
+    for first, last, number in single:
+        if spans and first <= spans[-1][1]:
+            begin, end, members = spans.pop()
+            spans.append((begin, max(end, last), [*members, number]))
+        else:
+            spans.append((first, last, [number]))
+    units = [
+        Unit(tuple(sorted(members)), first if place else 0, sum(groups[n].block.nbytes for n in members))
+        for place, (first, _, members) in enumerate(spans)
+    ]
+    return units or [Unit((), 0, 0)], staying
+
+
+class TaskModel:
+    """One network, which one or several tasks run.
+
+    Args:
+        spec: MODEL as on the command line.
+        weights: their file; None for the factory's own.
+        source: an input file; None for the example's inputs.
+
+    Attributes:
+        module: the skeleton.
+        inputs: positional arguments of a pass.
+        units: the finest blocks.
+        staying_bytes: of weights that cannot be swapped by block.
+        digest: of weights, inputs and machine: two tasks with one digest share their weights.
+
+    Raises:
+        NarrowboatError: model, weights or inputs cannot be used.
+        ModelError: no traced order, which tasks need.
+    """
+
+    def __init__(self, spec: str, weights: Path | None, source: Path | None = None) -> None:
+        self.request: Request = find_request(spec, weights, source)
+        self.inputs = self.request.need_inputs()
+        self.prepared = prepare(self.request.factory, self.request.source, split_example(self.inputs))
+        if self.prepared.trace is None:
+            raise ModelError(f"{spec} cannot be a task: {self.prepared.why_untraced}")
+        if self.prepared.trace.written:
+            raise ModelError(f"{spec} cannot be a task: its passes write to its weights")
+        self.trace: UseTrace = self.prepared.trace
+        self.module = self.prepared.module
+        index = self.prepared.index
+        self.groups = form_groups(self.trace, self.prepared.weights, packed=index.packed)
+        self.units, self.staying = form_units(self.groups)
+        self.files = [WeightsFile(p, stamp, direct=True) for p, stamp in zip(index.files, index.stamps, strict=True)]
+        self._numbers = {str(file.path): i for i, file in enumerate(self.files)}
+        self.reader = Reader(
+            self.files, chunk=self.prepared.storage.chunk, workers=self.prepared.storage.depth, trace=Trace(8)
+        )
+        self.blocks: list[BlockState] = []
+        self.places: list[Place | None] = []
+        self.boundary: Callable[[int], None] = lambda block: None
+        attach_slots(self.module, self.prepared.matched)
+        self.gate = Gate(self.trace.events, self.prepared.weights, lambda block: self.boundary(block))
+        wrap_modules(self.module, self.gate)  # type: ignore[arg-type]
+
+    @property
+    def staying_bytes(self) -> int:
+        """Of weights that are used again after others: they are resident in any case."""
+        return sum(self.groups[number].block.nbytes for number in self.staying)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Beside weights and activations: buffers, bookkeeping, staging of unpacked files."""
+        return sum(self.prepared.fixed_parts.values()) + self.reader.staging_bytes * (not self.prepared.index.packed)
+
+    def arrange(self, pool: PagePool, ends: Sequence[int], pins: Iterable[int]) -> None:
+        """Lay the network out: blocks of units, pinned ones and those that stay in memory of their own.
+
+        Args:
+            pool: backs the others while they are in.
+            ends: of each block, as places one past its last unit.
+            pins: units that stay.
+        """
+        packed, weights = self.prepared.index.packed, self.prepared.weights
+        pinned = set(pins)
+        streamed = [n for k, unit in enumerate(self.units) if k not in pinned for n in unit.groups]
+        resident = sorted({*self.staying, *(n for k in pinned for n in self.units[k].groups)})
+        self._home = Slab(max(sum(self.groups[n].block.nbytes for n in resident), PAGE), populate=bool(resident))
+        self._window = PooledSlab(max(sum(self.groups[n].block.nbytes for n in streamed), PAGE), pool)
+        self._resident = self._state(resident, 0, "resident", packed, weights)
+        self._read(self._resident, self._home)
+        self._resident.bind(self._home, 0)
+        self._resident.show()
+        self.blocks, self.places = [], []
+        base, start = 0, 0
+        for number, end in enumerate(ends):
+            members = [n for k in range(start, end) if k not in pinned for n in self.units[k].groups]
+            block = self._state(members, base, f"block {number}", packed, weights)
+            self.blocks.append(block)
+            self.places.append(Place(block.name, self._window, base, block.nbytes) if block.nbytes else None)
+            if block.nbytes:
+                block.bind(self._window, base)
+            base += block.nbytes
+            start = end
+        self.gate.cut([self.units[start].first_step for start in [0, *ends[:-1]]])
+
+    def _state(self, members: Sequence[int], base: int, name: str, packed: bool, weights: Any) -> BlockState:
+        """Several groups as one block at ``base``."""
+        state = BlockState(0, name, 0, [], (), base, [], False)
+        at = 0
+        for number in members:
+            group = self.groups[number]
+            state.weights += [weights[w] for w in group.weights]
+            state.places += tuple(at + place for place in group.places)
+            state.extents += extents_of(group, weights, self._numbers, base + at, packed=packed)
+            at += group.block.nbytes
+        state.nbytes = at
+        return state
+
+    def _read(self, block: BlockState, slab: Slab) -> None:
+        if block.extents:
+            self.reader.wait(self.reader.submit(block.name, slab, block.extents))
+        block.state = State.IN
+
+    def submit(self, block: int) -> ReadJob:
+        """Start to read a block whose place is backed."""
+        return self.reader.submit(self.blocks[block].name, self._window, self.blocks[block].extents)
+
+    def show(self, block: int) -> None:
+        """The model sees the block's weights."""
+        self.blocks[block].show()
+
+    def hide(self, block: int) -> None:
+        """Stand-ins where the block's weights were; bytes that somebody kept are moved aside."""
+        state = self.blocks[block]
+        if not state.shown:
+            return
+        state.shown = False
+        for weight, place in zip(state.weights, state.places, strict=True):
+            for slot in weight.slots:
+                if slot.take_out():
+                    slot.rescue()
+                    view = self._window.tensor((state.offset or 0) + place, weight.entry.dtype, weight.entry.shape)
+                    slot.bind(view)
+
+    def unit_at(self, step: int) -> int:
+        """The unit that a step of the traced order belongs to."""
+        return max(bisect_right([unit.first_step for unit in self.units], step) - 1, 0)
+
+    def close(self) -> None:
+        """Stop the reader and close the files."""
+        self.reader.close()
+
+
+def check_files(models: Iterable[TaskModel]) -> None:
+    """The weights files are those that were opened.
+
+    Raises:
+        WeightsChangedError: one is not.
+    """
+    for model in models:
+        for file in model.files:
+            file.check_open_file()

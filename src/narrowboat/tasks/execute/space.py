@@ -1,0 +1,98 @@
+"""Whose blocks lie in the pool: those in use, and what is left of others until their pages are wanted."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from narrowboat.arena.pool import Extents, PagePool, PooledSlab
+from narrowboat.errors import BudgetError
+from narrowboat.quantities import format_bytes
+
+
+@dataclass(eq=False)
+class Place:
+    """The fixed addresses of one block.
+
+    Attributes:
+        name: of the block.
+        slab: whose addresses.
+        offset: of its first byte.
+        nbytes: whole pages.
+        extents: of the pool that back it; None while none do.
+        valid: its weights' bytes are there.
+        users: jobs that hold it.
+    """
+
+    name: str
+    slab: PooledSlab
+    offset: int
+    nbytes: int
+    extents: Extents | None = None
+    valid: bool = False
+    users: int = 0
+
+
+class SwapSpace:
+    """The pool, and which blocks it backs. Used by the load engine's thread only, but for the counts.
+
+    A block that nobody uses keeps its bytes until its pages are wanted; the last one let go is given up first, as
+    passes are cyclic and it will be wanted last.
+
+    Args:
+        pool: the memory.
+        remember: keep what is let go; without, every use reads, which is what worst cases are measured with.
+    """
+
+    def __init__(self, pool: PagePool, *, remember: bool = True) -> None:
+        self.pool, self._remember = pool, remember
+        self.in_use = 0
+        self.hits = 0
+        self._left: OrderedDict[Place, None] = OrderedDict()
+
+    @property
+    def free_bytes(self) -> int:
+        """That nobody uses."""
+        return self.pool.nbytes - self.in_use
+
+    def hold(self, place: Place) -> bool:
+        """Back a block; True if its bytes are still there and need not be read.
+
+        Raises:
+            BudgetError: the pool is too small for those in use and this one.
+        """
+        if place.users:
+            place.users += 1
+            return place.valid
+        if place.extents is None:
+            while (extents := self.pool.take(place.nbytes)) is None:
+                if not self._left:
+                    raise BudgetError(
+                        f"{place.name} ({format_bytes(place.nbytes)}) does not fit beside the "
+                        f"{format_bytes(self.in_use)} in use of {format_bytes(self.pool.nbytes)}",
+                        minimum=self.in_use + place.nbytes,
+                        limiter=place.name,
+                    )
+                self._drop(next(reversed(self._left)))
+            place.slab.back(place.offset, extents)
+            place.extents, place.valid = extents, False
+        self._left.pop(place, None)
+        place.users = 1
+        self.in_use += place.nbytes
+        self.hits += place.valid
+        return place.valid
+
+    def let_go(self, place: Place) -> None:
+        """A job is done with a block."""
+        place.users -= 1
+        if place.users == 0:
+            self.in_use -= place.nbytes
+            place.valid = place.valid and self._remember
+            self._left[place] = None
+
+    def _drop(self, place: Place) -> None:
+        del self._left[place]
+        place.slab.unback(place.offset, place.nbytes)
+        assert place.extents is not None
+        self.pool.give(place.extents)
+        place.extents, place.valid = None, False

@@ -1,0 +1,106 @@
+"""A task's own thread: it computes its jobs block by block, each when the dispatcher says so."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from narrowboat.tasks.execute.gate import JobEnded
+from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.job import Job
+
+
+class Dispatcher(Protocol):
+    """Whom workers report to; from their threads."""
+
+    def computed(self, worker: Worker, block: int) -> None:
+        """A block before the last has been computed."""
+
+    def finished(self, worker: Worker, output: Any, error: BaseException | None) -> None:
+        """The job has come to its end, or failed."""
+
+
+@dataclass(eq=False)
+class _Run:
+    job: Job
+    inputs: tuple[Any, ...]
+
+
+class Worker(threading.Thread):
+    """The thread.
+
+    Args:
+        name: of the task.
+        model: its network.
+        begin: called in this thread when it starts.
+        dispatcher: is told.
+    """
+
+    def __init__(self, name: str, model: TaskModel, begin: Callable[[], None], dispatcher: Dispatcher) -> None:
+        super().__init__(name=f"narrowboat-{name}", daemon=True)
+        self.model = model
+        self.block = -1
+        self.job: Job | None = None
+        self._begin, self._dispatcher = begin, dispatcher
+        self._runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._go = threading.Semaphore(0)
+        self._end = False
+        model.boundary = _at_boundary
+
+    def compute(self, job: Job, block: int, inputs: tuple[Any, ...]) -> None:
+        """From the dispatcher: compute a block of the job; the job begins with its first."""
+        if self.job is None:
+            self.job, self._end = job, False
+            self._runs.put(_Run(job, inputs))
+        self._go.release()
+
+    def end_job(self) -> None:
+        """From the dispatcher, while the job waits at a boundary: it ends there."""
+        self._end = True
+        self._go.release()
+
+    def stop(self) -> None:
+        """End when there is no job."""
+        self._runs.put(None)
+
+    def at_boundary(self, block: int) -> None:
+        """In this thread, from the gate: the block before is done, and this one waits for its turn."""
+        if block:
+            self.model.hide(block - 1)
+            self._dispatcher.computed(self, block - 1)
+        self._go.acquire()
+        if self._end:
+            raise JobEnded
+        self.block = block
+        self.model.show(block)
+
+    def run(self) -> None:
+        """The thread."""
+        self._begin()
+        torch.set_num_threads(1)
+        while (run := self._runs.get()) is not None:
+            output, error = None, None
+            self.block = -1
+            try:
+                with torch.inference_mode():
+                    output = self.model.module(*run.inputs)
+            except BaseException as caught:
+                error = caught
+            if self.block >= 0:
+                self.model.hide(self.block)
+            self.model.gate.depth = 0
+            self.job = None
+            self._dispatcher.finished(self, output, error)
+            del output, error, run
+
+
+def _at_boundary(block: int) -> None:
+    """Whichever task's thread is on its way through the network: several may share it."""
+    thread = threading.current_thread()
+    if isinstance(thread, Worker):
+        thread.at_boundary(block)

@@ -11,7 +11,7 @@ from narrowboat.tasks.allocate import grow
 from narrowboat.tasks.analysis import edf, fp
 from narrowboat.tasks.analysis.model import Task
 from narrowboat.tasks.costed import CostedTask
-from narrowboat.tasks.spec.schema import MICROSECONDS, TasksSpec
+from narrowboat.tasks.spec.schema import MICROSECONDS, TaskSpec, TasksSpec
 
 _MOST_TIMES = 16  # the period: beyond that it is another task
 
@@ -25,8 +25,8 @@ def suggestions(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int = D
         said += _without_preemption(tasks, settings, chunk)
     analysed = analysis_tasks(tasks, settings, chunk)
     if not schedulable(analysed, settings):
-        said += [*_cuts(analysed, settings), *_pins(tasks, settings, chunk), *_periods(analysed, settings)]
-        said += _deadlines(analysed, settings)
+        said += [*_cuts(analysed, settings), *_pins(tasks, settings, chunk)]
+        said += [*_periods(tasks, settings, chunk), *_deadlines(tasks, settings, chunk)]
     return said
 
 
@@ -88,45 +88,73 @@ def _pins(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[
     return [f"pin: {', '.join(added)} resident, {room} (allocation: optimal)"] if added else []
 
 
-def _periods(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
+def _periods(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[str]:
     """A longer period for one task: the smallest change of all tasks'."""
     found: list[tuple[float, str]] = []
-    for place, task in enumerate(tasks):
-        if task.background:
+    for task in tasks:
+        if not task.spec.guaranteed:
             continue
-        period = task.arrival.period
+        step = task.spec.step
 
-        def with_period(longer: int, place: int = place, task: Task = task, period: int = period) -> list[Task]:
-            deadline = longer if task.deadline == period else task.deadline
-            changed = replace(task, arrival=replace(task.arrival, period=longer), deadline=deadline)
-            return [*tasks[:place], changed, *tasks[place + 1 :]]
+        def changed(longer: int, spec: TaskSpec = task.spec) -> TaskSpec:
+            if spec.contract is not None:
+                return spec.model_copy(update={"contract": spec.contract.model_copy(update={"period": longer})})
+            return spec.model_copy(update={"period": longer})
 
-        least = _least(period, period * _MOST_TIMES, lambda longer: schedulable(with_period(longer), settings))
+        least = _least(step, step * _MOST_TIMES, _holds_with(tasks, task, changed, settings, chunk))
         if least is not None:
-            found.append((least / period, f"period: {_time(least)} instead of {_time(period)} for {task.name}"))
+            found.append((least / step, f"period: {_time(least)} instead of {_time(step)} for {task.name}"))
     return [min(found)[1]] if found else []
 
 
-def _deadlines(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
+def _deadlines(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[str]:
     """A later deadline for one task, if its period allows one."""
     said = []
-    for place, task in enumerate(tasks):
-        if task.background or task.deadline >= task.arrival.period:
+    for task in tasks:
+        deadline = task.spec.relative_deadline
+        if not task.spec.guaranteed or deadline >= task.spec.interval:
             continue
 
-        def until(later: int, place: int = place, task: Task = task) -> bool:
-            return schedulable([*tasks[:place], replace(task, deadline=later), *tasks[place + 1 :]], settings)
+        def changed(later: int, spec: TaskSpec = task.spec) -> TaskSpec:
+            return spec.model_copy(update={"deadline": later})
 
-        least = _least(task.deadline, task.arrival.period, until)
+        least = _least(deadline, task.spec.interval, _holds_with(tasks, task, changed, settings, chunk))
         if least is not None:
-            said.append(f"deadline: {_time(least)} instead of {_time(task.deadline)} for {task.name}")
+            said.append(f"deadline: {_time(least)} instead of {_time(deadline)} for {task.name}")
     return said
 
 
+def _holds_with(
+    tasks: Sequence[CostedTask],
+    task: CostedTask,
+    change: Callable[[int], TaskSpec],
+    settings: TasksSpec,
+    chunk: int,
+) -> Callable[[int], bool]:
+    """Whether the set holds, and needs no more memory, when one task is described otherwise.
+
+    Deadlines say who preempts whom, and so how many blocks are kept at once.
+    """
+    most = max(memory_need(tasks, settings)[1], settings.budget)
+
+    def holds(value: int) -> bool:
+        other = [replace(each, spec=change(value)) if each is task else each for each in tasks]
+        return memory_need(other, settings)[1] <= most and schedulable(
+            analysis_tasks(other, settings, chunk), settings
+        )
+
+    return holds
+
+
 def _least(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
-    """The least value for which it holds, up to a thousandth; None if it does not hold at ``high``."""
-    if not holds(high):
-        return None
+    """The least value for which it holds, up to a thousandth; None if none is found.
+
+    What holds need not hold further up: a longer deadline may have a task keep a block where it kept none.
+    """
+    while not holds(high):
+        high = (low + high) // 2
+        if high - low <= max(low // 100, 1):
+            return None
     while high - low > max(low // 1000, 1):
         middle = (low + high) // 2
         if holds(middle):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from narrowboat.tasks.execute.child import Pipe
 
 FORMAT = 1
-_SECONDS = 8.0  # of jobs, per network
 _LEAST, _MOST, _WARM = 8, 1000, 2
 CONDITION = "blocks computed while the next is read, nothing else running for us; one thread per operator"
 
@@ -42,7 +41,7 @@ def measure(told: dict[str, Any], folder: Path, pipe: Pipe) -> dict[str, Any]:
         kept = _kept(path, digest)
         if kept is None:
             pipe.tell("progress", said=f"measuring {name}")
-            kept = {"format": FORMAT, "digest": digest, **_measure(model)}
+            kept = {"format": FORMAT, "digest": digest, **_measure(model, settings.calibration / 1e6)}
             try:
                 write_durably(path, json.dumps(kept))
             except OSError as error:
@@ -67,7 +66,7 @@ def _kept(path: Path, digest: str) -> dict[str, Any] | None:
     return told if right and told.get("units") else None
 
 
-def _measure(model: TaskModel) -> dict[str, Any]:
+def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
     sizes = [unit.nbytes for unit in model.units]
     pairs = max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
     pool = PagePool(max(pairs, 1 << 20), lock=True)  # as in a run: locking takes time too
@@ -81,7 +80,7 @@ def _measure(model: TaskModel) -> dict[str, Any]:
     first = executor.run(None, jobs=_WARM + 1)
     once = max(first.end / (_WARM + 1) / 1e6, 1e-4)
     running.released, running.worker = 0, None
-    jobs = min(max(math.ceil(_SECONDS / once), _LEAST), _MOST)
+    jobs = min(max(math.ceil(seconds / once), _LEAST), _MOST)
     executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
     record = executor.run(None, jobs=jobs)
     pool.close()

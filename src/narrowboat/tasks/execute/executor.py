@@ -231,7 +231,7 @@ class Executor:
             for task in self.tasks
             if not task.ended
             and (jobs is None or task.released < jobs)
-            and (until is None or task.next_release < until)
+            and (until is None or task.closed_loop or task.next_release < until)
         ]
         return min(coming, key=lambda task: task.next_release, default=None)
 
@@ -240,7 +240,9 @@ class Executor:
     def _release(self, now: int, until: int | None, jobs: int | None) -> None:
         for task in self.tasks:
             while not task.ended and self._due(task, now):
-                if (jobs is not None and task.released >= jobs) or (until is not None and task.next_release >= until):
+                if jobs is not None and task.released >= jobs:
+                    break
+                if not task.closed_loop and until is not None and task.next_release >= until:
                     break
                 when, number = now if task.closed_loop else task.next_release, task.released
                 task.released += 1

@@ -207,6 +207,7 @@ class TasksSpec(_Strict):
     storage: StorageSpec = StorageSpec()
     overhead: Annotated[Time, Field(description="Of one block boundary, added to each segment.")] = 0
     margin: Annotated[float, Field(ge=1, le=10, description="Over the largest times measured.")] = 1.2
+    calibration: Annotated[PositiveTime, Field(description="For how long each network is measured.")] = 8_000_000
     prefetch: Annotated[
         bool | None, Field(description="Load the likely next job's first block while the loader is idle.")
     ] = None
@@ -231,7 +232,7 @@ class TasksSpec(_Strict):
         return told
 
 
-_TIMES = frozenset({"load", "compute", "period", "deadline", "jitter", "offset", "delay", "overhead"})
+_TIMES = frozenset({"load", "compute", "period", "deadline", "jitter", "offset", "delay", "overhead", "calibration"})
 
 
 def _plain(value: Any) -> Any:

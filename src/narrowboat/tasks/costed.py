@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from narrowboat.tasks.analysis.cuts import balanced_cuts, merge
 from narrowboat.tasks.analysis.memory import Footprint, footprint
@@ -27,6 +30,8 @@ class CostedTask:
         network: what tasks that share weights have in common; empty where nothing is shared.
         pins: the units whose weights stay.
         ends: where blocks end, as places one past their last unit; None for a block per unit.
+        samples: where it was measured, times by (load or compute, pass, unit), microseconds, the margin included.
+            The worst of a block is the worst of its passes, which is less than the sum of its units' worst.
     """
 
     spec: TaskSpec
@@ -36,6 +41,7 @@ class CostedTask:
     network: str = ""
     pins: frozenset[int] = frozenset()
     ends: tuple[int, ...] | None = None
+    samples: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -61,7 +67,23 @@ class CostedTask:
         units = [
             Block(0, max(unit.compute, 1), 0) if place in self.pins else unit for place, unit in enumerate(self.units)
         ]
-        return merge(units, self.ends if self.ends is not None else range(1, len(units) + 1))
+        if self.ends is None:
+            return merge(units, range(1, len(units) + 1))
+        merged = merge(units, self.ends)
+        return merged if self.samples is None else self._as_seen(merged)
+
+    def _as_seen(self, merged: list[Block]) -> list[Block]:
+        """The same blocks with the largest of their own times in any pass."""
+        assert self.samples is not None and self.ends is not None
+        loads, computes = self.samples.copy()
+        loads[:, sorted(self.pins)] = 0
+        starts = [0, *self.ends[:-1]]
+        load = np.add.reduceat(loads, starts, axis=1).max(axis=0)
+        compute = np.add.reduceat(computes, starts, axis=1).max(axis=0)
+        return [
+            Block(min(int(a), block.load), max(min(int(b), block.compute), 1), block.nbytes)
+            for a, b, block in zip(load, compute, merged, strict=True)
+        ]
 
     def with_ends(self, ends: tuple[int, ...]) -> CostedTask:
         """The same in other blocks."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from narrowboat.tasks.analysis.model import Block
 from narrowboat.tasks.costed import CostedTask, described
 from narrowboat.tasks.spec.schema import TasksSpec
@@ -49,7 +51,8 @@ def measure_tasks(
         fixed = told["fixed"][spec.name] + told["activations"][spec.name] + shared
         shared = 0
         every = frozenset(k for k, unit in enumerate(units) if unit.nbytes) if spec.pinned else frozenset()
-        tasks.append(CostedTask(spec, units, 0, fixed, digest, every))
+        samples = np.ceil(np.array(cost["samples"], dtype=float) * settings.margin).astype(np.int64)
+        tasks.append(CostedTask(spec, units, 0, fixed, digest, every, samples=samples))
         chunk = max(chunk, _chunk(cost, told["chunk_bytes"][spec.name], settings.margin))
     return tasks, chunk, told
 

@@ -136,6 +136,7 @@ class Executor:
                     handle()
                     self._view.now = self._now()
                     self._decide()
+                    self._look()  # what follows has been started: this delays nobody's boundary
                 except BaseException as error:
                     self._failure = error
             if self._failure is not None or not self._view.pending:
@@ -408,7 +409,6 @@ class Executor:
     def _boundary(self, when: int) -> None:
         if not self._view.doing and self._view.pending:
             self._idle_since = when
-        self._look()
 
     def _segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
         number = action.job.number if action.job is not None else -1

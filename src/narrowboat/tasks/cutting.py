@@ -55,11 +55,12 @@ def _cut(
         if task.spec.blocks is not None:
             cut.append(task)
             continue
-        if task.network not in done:
-            same = [other for other in tasks if other.network == task.network]
+        key = task.network or f"\0{task.name}"
+        if key not in done:
+            same = [other for other in tasks if other is task or (task.network and other.network == task.network)]
             longest = min((limits[other.name] for other in same if other.name in limits), default=None)
-            done[task.network] = _ends(task, settings, room, longest)
-        ends = done[task.network]
+            done[key] = _ends(task, settings, room, longest)
+        ends = done[key]
         cut.append(task if ends is None else task.with_ends(ends))
     return tuple(cut)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,6 @@ class Source:
         self.take = ready
 
 
-def queue_source() -> tuple[Source, queue.SimpleQueue[tuple[Any, ...]]]:
-    """Inputs that somebody puts into a queue."""
-    waiting: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-
-    def take() -> tuple[Any, ...] | None:
-        try:
-            return waiting.get_nowait()
-        except queue.Empty:
-            return None
-
-    return Source(take), waiting
-
-
 def source_of(spec: InputSpec | None, resolved: ResolvedModel, example: tuple[Any, ...], folder: Path) -> Source:
     """The source that a task asks for, but for queues.
 
@@ -61,6 +47,8 @@ def source_of(spec: InputSpec | None, resolved: ResolvedModel, example: tuple[An
         return Source(lambda: inputs)
     if spec.folder is not None:
         return _cycle([_read(resolved, path) for path in _files(folder / spec.folder)])
+    if spec.queue is not None:
+        raise TaskSpecError(f"input queue {spec.queue!r}: nobody fills queues yet; use a file, folder or generator")
     assert spec.generator is not None
     return _generated(spec.generator)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/tasks.py --out docs/benchmarks
 
-Random sets with printed seeds (UUniFast; periods log-uniform over a decade, deadlines their periods), as the literature
-on schedulability does it. Times are whole microseconds, and nothing here is run for real: that is ``narrowboat tasks
-run``.
+Random sets with printed seeds (UUniFast; periods log-uniform over a decade, deadlines their periods), as is usual in
+the literature on schedulability. Times are whole microseconds, and nothing here is run for real: that is
+``narrowboat tasks run``.
 """
 
 from __future__ import annotations

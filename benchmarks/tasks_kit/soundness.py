@@ -1,4 +1,4 @@
-"""Simulated jobs of admitted sets with random costs: does any response exceed its bound; and how long admission takes."""
+"""Simulated jobs of admitted sets with random costs: does any exceed its bound; and how long admission takes."""
 
 from __future__ import annotations
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from narrowboat.arena.pool import PagePool
 from narrowboat.errors import ModelError
-from narrowboat.tasks.execute.executor import Executor, Running
+from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import InputsEndedError, Source
 from narrowboat.tasks.execute.model import TaskModel, form_units
+from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy import order

@@ -15,10 +15,11 @@ from narrowboat.arena.pool import PagePool
 from narrowboat.errors import ModelError
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.malloc import trim
-from narrowboat.tasks.execute.executor import Executor, Running
+from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.load_models import Loaded, activation_bytes, allocator_bytes
 from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy import order

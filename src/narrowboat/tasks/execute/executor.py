@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrowboat.errors import NarrowboatError
 from narrowboat.machine.malloc import trim
 from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.tasks.execute import realtime
+from narrowboat.tasks.execute.figures import major_faults, spread
 from narrowboat.tasks.execute.gate import JobEnded
-from narrowboat.tasks.execute.inputs import InputsEndedError, Source
+from narrowboat.tasks.execute.inputs import InputsEndedError
 from narrowboat.tasks.execute.loader import Loader, Order
-from narrowboat.tasks.execute.model import TaskModel
+from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.execute.worker import Worker
 from narrowboat.tasks.job import Job, TaskFacts
@@ -29,45 +29,6 @@ from narrowboat.tasks.record import JobRecord, Record, Segment
 
 _CHANGE = 1 << 16  # bytes by which memory changes before that is written down
 _GRACE = 5.0  # seconds that jobs under way at the end may take
-
-
-@dataclass(eq=False)
-class Running:
-    """A task in the executor.
-
-    Attributes:
-        facts: as the policy sees it.
-        model: its network.
-        source: of its inputs.
-        offset: of its first release, microseconds.
-        burst: jobs that may wait at once.
-        overrun: what to do with a job that is over its budget: "finish", "abort" or "degrade".
-        on_output: called with every output, in the task's thread's time.
-        closed_loop: a job comes whenever the one before has ended, whatever the period.
-    """
-
-    facts: TaskFacts
-    model: TaskModel
-    source: Source
-    offset: int = 0
-    burst: int = 1
-    overrun: str = "finish"
-    on_output: Callable[[Any], None] | None = None
-    closed_loop: bool = False
-    released: int = 0
-    ended: bool = False
-    worker: Worker | None = None
-
-    @property
-    def next_release(self) -> int:
-        """By the clock, never by the job before: nothing drifts."""
-        return self.offset + self.released * self.facts.period
-
-    @property
-    def budget(self) -> int:
-        """Of one job's segments together."""
-        loads = [*self.facts.loads[1:], 0]
-        return self.facts.loads[0] + sum(max(c, load) for c, load in zip(self.facts.computes, loads, strict=True))
 
 
 class Executor:
@@ -178,7 +139,7 @@ class Executor:
             task.worker.start()
         self._enter(realtime.DISPATCH, self._cores[1])()
         realtime.freeze()
-        majors = _major_faults()
+        majors = major_faults()
         self._zero = time.monotonic_ns() // 1000
         wall = time.time()
         until = None if seconds is None else round(seconds * 1e6)
@@ -191,7 +152,7 @@ class Executor:
             realtime.leave()
         self.record.jobs.sort(key=lambda job: (job.release, job.task))
         stepped = abs((time.time() - wall) - self.record.end / 1e6)
-        self.record.premises = self._premises(_major_faults() - majors, stepped)
+        self.record.premises = self._premises(major_faults() - majors, stepped)
         return self.record
 
     def _enter(self, priority: int, core: int | None) -> Callable[[], None]:
@@ -485,8 +446,8 @@ class Executor:
             "peak_bytes": peak,
             "major_faults": majors,
             "clock_step_s": round(stepped, 3),
-            "boundary_overhead_us": _spread(self.overheads),
-            "release_lateness_us": _spread(self.late_wakes),
+            "boundary_overhead_us": spread(self.overheads),
+            "release_lateness_us": spread(self.late_wakes),
             "overruns": len(self.overruns),
             "first_overruns": self.overruns[:20],
             "blocks_found_in_memory": self.space.hits,
@@ -505,21 +466,3 @@ class Executor:
         for task in self.tasks:
             if task.worker is not None:
                 task.worker.join(_GRACE)
-
-
-def _spread(values: Sequence[int]) -> Mapping[str, int]:
-    if not values:
-        return {"n": 0}
-    ordered = sorted(values)
-    return {
-        "n": len(ordered),
-        "median": ordered[len(ordered) // 2],
-        "p99": ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)],
-        "max": ordered[-1],
-    }
-
-
-def _major_faults() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -13,9 +13,10 @@ from narrowboat.errors import ExecutorError
 from narrowboat.machine.malloc import trim
 from narrowboat.machine.memory import reset_peak
 from narrowboat.quantities import format_bytes
-from narrowboat.tasks.execute.executor import Executor, Running
+from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import source_of
 from narrowboat.tasks.execute.load_models import Loaded
+from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries

@@ -272,11 +272,12 @@ class Executor:
             actions = self.policy.choose(self._view)
             if not actions:
                 return
+            now = self._now()  # of all that begins here: one boundary
             for action in actions:
-                self._start(action)
+                self._start(action, now)
 
-    def _start(self, action: Action) -> None:
-        view, now = self._view, self._now()
+    def _start(self, action: Action, now: int) -> None:
+        view = self._view
         if action.do is Do.ABORT:
             assert self._order is not None
             self._order.give_up()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +79,28 @@ def test_the_schema_is_json(narrowboat: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_can_be_read(path: Path) -> None:
     assert len(load_tasks(path).tasks) >= 3
+
+
+def test_a_device_is_never_replaced_by_a_file(narrowboat: Callable[..., Any], file: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for command in (
+        ("simulate", file, "--seconds", "0.1", "--trace", pipe),
+        ("simulate", file, "--seconds", "0.1", "--trace", tmp_path),
+    ):
+        found = narrowboat("tasks", *command)
+        assert found.code == 1 and "no ordinary file" in found.err
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    trace = tmp_path / "t.json"
+    assert narrowboat("tasks", "simulate", file, "--seconds", "0.1", "--trace", trace).code == 0
+    assert narrowboat("tasks", "plot", trace, "--out", pipe).code == 1
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_run_without_jobs_is_no_evidence(narrowboat: Callable[..., Any], file: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    assert narrowboat("tasks", "simulate", file, "--seconds", "0.1", "--trace", trace).code == 0
+    told = json.loads(trace.read_text())
+    trace.write_text(json.dumps({**told, "jobs": [], "segments": [], "memory": []}))
+    found = narrowboat("tasks", "conform", trace)
+    assert found.code == 1 and "no job was released" in found.out

@@ -63,7 +63,7 @@ def test_overload_is_told_in_shares() -> None:
 def apply_period(told: dict[str, Any], said: str) -> dict[str, Any]:
     """What a suggestion of a longer period says, done."""
     words = said.removeprefix("period: ").split()
-    longer = {"ms": 1.01, "s": 1.01}[words[1]] * float(words[0])
+    longer = words[0]
     for task in told["tasks"]:
         if task["name"] == words[-1]:
             task["period"] = f"{longer}{words[1]}"
@@ -223,3 +223,40 @@ def test_a_set_of_blocks_cannot_be_run_and_no_time_is_no_time() -> None:
         task_set.simulate(0)
     with pytest.raises(TaskSpecError):
         TaskSet.from_dict({"budget": 1})
+
+
+@pytest.mark.parametrize(("compute", "holds"), [("10ms", True), ("10.0001ms", False), ("10.0004ms", False)])
+def test_costs_are_never_taken_for_less_than_they_are(compute: str, holds: bool) -> None:
+    told = {"budget": 1, "tasks": [{"name": "a", "period": "10ms", "blocks": [{"compute": compute}]}]}
+    assert TaskSet.from_dict(told).admit().admitted is holds
+
+
+def test_a_core_without_any_time_left_refuses_best_effort_in_words() -> None:
+    told = {
+        "budget": 1,
+        "tasks": [
+            {"name": "a", "period": "4ms", "blocks": [{"compute": "4ms"}]},
+            {"name": "b", "period": "8ms", "blocks": [{"compute": "1ms"}], "guarantee": "best-effort"},
+        ],
+    }
+    verdict = TaskSet.from_dict(told).admit()
+    assert not verdict.admitted and "leave no time" in verdict.reasons[0]
+
+
+def test_a_suggested_period_is_exact() -> None:
+    blocks = [{"load": "1750us", "compute": "1500us", "bytes": 5000}]
+    told: dict[str, Any] = {
+        "budget": "100KB",
+        "policy": "fp",
+        "supply": {"share": 0.8, "delay": "2ms"},
+        "tasks": [{"name": "t0", "period": "4ms", "blocks": blocks}],
+    }
+    said = next(s for s in TaskSet.from_dict(told).admit().suggestions if s.startswith("period: "))
+    told["tasks"][0]["period"] = " ".join(said.split()[1:3]).replace(" ", "")
+    assert TaskSet.from_dict(told).admit().admitted
+
+
+@pytest.mark.parametrize("method", ["swapnet", "even", "proportional", "optimal"])
+def test_networks_without_bytes_can_be_allocated(method: str) -> None:
+    told = {"budget": 9, "allocation": method, "tasks": [{"name": "a", "period": 1, "blocks": [{"compute": 0.1}]}]}
+    assert TaskSet.from_dict(told).admit().admitted

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from narrowboat import TaskSet
 from narrowboat.errors import TraceFormatError
 from narrowboat.tasks.analysis import edf, fp
 from narrowboat.tasks.analysis.memory import footprint, need
@@ -20,7 +22,8 @@ from narrowboat.tasks.policy.paging import DemandPaging
 from narrowboat.tasks.policy.volume import VolumeSwap
 from narrowboat.tasks.record import Record
 from narrowboat.tasks.simulate import Simulation, WorstCosts, periodic
-from tasks_kit import RandomCosts, facts, random_set
+from task_jobs_kit import RandomCosts, facts, random_set
+from task_sets_kit import three
 
 CHUNK = 2
 
@@ -163,10 +166,41 @@ def test_demand_paging_reads_again_what_a_larger_set_has_pushed_out() -> None:
 
 
 def test_a_record_survives_its_file_and_a_broken_one_is_refused() -> None:
-    _, everything, _ = random_set(3, 3, 0.5)
-    record = Simulation(BlockBoundaries(order.edf), WorstCosts()).run(periodic(everything, 500))
-    told = record.as_json()
+    told = json.loads(json.dumps(TaskSet.from_dict(three()).simulate(1).as_json()))
     assert Record.from_json(told).as_json() == told
     for broken in ({}, [], {**told, "format": "other"}, {**told, "jobs": [{}]}, {**told, "segments": 3}):
         with pytest.raises(TraceFormatError):
             Record.from_json(broken)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("jobs", 0, "outcome"), "zzz"),
+        (("jobs", 0, "finish"), float("nan")),
+        (("jobs", 0, "finish"), None),
+        (("jobs", 0, "release"), float("inf")),
+        (("jobs", 0, "release"), "x"),
+        (("jobs", 0, "task"), "nobody"),
+        (("segments", 1, 4), -1),
+        (("segments", 0, 4), 99),
+        (("segments", 0, 6), -5),
+        (("segments", 0, 1), "dream"),
+        (("memory", 0, 0), -1),
+        (("end_us",), 0),
+        (("setup", "policy"), "zz"),
+        (("setup", "supply", "share"), 0),
+        (("setup", "tasks"), []),
+        (("setup", "tasks", 0, "period_us"), 0),
+        (("setup", "tasks", 0, "loads_us"), [1]),
+        (("setup", "tasks", 0, "name"), "t2"),
+    ],
+)
+def test_a_record_of_what_cannot_have_been_is_refused(path: tuple[str | int, ...], value: object) -> None:
+    told = json.loads(json.dumps(TaskSet.from_dict(three()).simulate(0.2).as_json()))
+    place = told
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    with pytest.raises(TraceFormatError):
+        Record.from_json(told)

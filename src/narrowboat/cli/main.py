@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 the work failed or was refused, 2 wrong usage, 130 inte
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except NarrowboatError as error:
         _report(error, as_json="--json" in arguments)
         code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    except BrokenPipeError:  # a reader that left (``| head``)
+        code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.stderr.write("error: the output could not be written: no space left on the device\n")
+        code = EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except SystemExit as finished:
@@ -52,7 +60,7 @@ def _flush_quietly() -> None:
     """Flush the output; a reader that left (``| head``) is not worth a traceback at exit."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

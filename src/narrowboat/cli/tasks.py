@@ -34,6 +34,7 @@ def check(file: File, json: Json = False) -> None:
     Exit code 0 if the set is admitted, 1 if it is refused.
     """
     from narrowboat.tasks.task_set import TaskSet
+    from narrowboat.tasks.words import some_names
 
     verdict = TaskSet.load(file).admit()
     if json:
@@ -67,7 +68,7 @@ def check(file: File, json: Json = False) -> None:
             "running",
         ]
         print_table(str(file), columns, rows, right=columns[2:])
-        kept = f" while {', '.join(verdict.memory.kept)} keep theirs" if verdict.memory.kept else ""
+        kept = f" while {some_names(verdict.memory.kept)} keep theirs" if verdict.memory.kept else ""
         facts = {
             "verdict": "admitted" if verdict.admitted else "refused",
             "memory": f"{format_bytes(verdict.needed_bytes)} of {format_bytes(verdict.budget)}, when "

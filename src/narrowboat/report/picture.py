@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from narrowboat.errors import StorageError, UsageError
+from narrowboat.machine.cache import require_ordinary
 
 
 def require_matplotlib() -> Any:
@@ -30,6 +31,7 @@ def save_png(figure: Any, path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        require_ordinary(path)
         with temporary.open("wb") as file:
             figure.savefig(file, format="png")
             file.flush()

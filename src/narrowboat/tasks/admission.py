@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.quantities import format_bytes
 from narrowboat.tasks.analysis import edf, fp
 from narrowboat.tasks.analysis.memory import MemoryNeed, need
 from narrowboat.tasks.analysis.model import Supply, Task, total_utilisation
 from narrowboat.tasks.analysis.overrun import tolerated
 from narrowboat.tasks.analysis.solution import Response
 from narrowboat.tasks.costed import CostedTask, analysis_task, footprint_of, prefetches, priorities
-from narrowboat.tasks.spec.schema import MICROSECONDS, TasksSpec
+from narrowboat.tasks.spec.schema import TasksSpec
+from narrowboat.tasks.words import format_exactly, some_names
 
 DEFAULT_CHUNK = 1000  # microseconds of one read, where storage was not measured
 
@@ -248,7 +251,7 @@ def _reasons(
     """Each in one sentence: which task, at which instant, whose demand, whose blocking, which bytes."""
     reasons = []
     if needed > settings.budget:
-        kept = f" while {', '.join(memory.kept)} keep a block each" if memory.kept else ""
+        kept = f" while {some_names(memory.kept)} keep a block each" if memory.kept else ""
         reasons.append(
             f"memory: {format_bytes(needed)} are needed when {memory.running} runs{kept}, and the budget is "
             f"{format_bytes(settings.budget)}: {format_bytes(needed - settings.budget)} too little"
@@ -258,15 +261,21 @@ def _reasons(
     if utilisation > supply.share:
         busiest = max((t for t in tasks if not t.background), key=lambda t: t.utilisation)
         reasons.append(
-            f"overload: the tasks need {float(utilisation):.0%} of the core and {float(supply.share):.0%} of it is "
-            f"there; {busiest.name} alone needs {float(busiest.utilisation):.0%}"
+            f"overload: the tasks need {_share(utilisation)} of the core and {_share(supply.share)} of it is "
+            f"there; {busiest.name} alone needs {_share(busiest.utilisation)}"
         )
         return reasons
     late = [verdict for verdict in verdicts if not verdict.admitted]
     if not late:
         return reasons
     if settings.policy == "edf":
-        violation = edf.violation(tasks, supply)
+        try:
+            violation = edf.violation(tasks, supply)
+        except OverflowError:
+            violation = None
+            reasons.append(
+                "overload: the guaranteed tasks leave no time in which a block of a best-effort one could end"
+            )
         if violation is not None:
             blocking = (
                 f", and a block of {violation.blocker} that has begun takes {_time(violation.blocking)}"
@@ -294,7 +303,12 @@ def _reasons(
 
 
 def _time(microseconds: int) -> str:
-    return format_seconds(microseconds / MICROSECONDS)
+    return format_exactly(microseconds)
+
+
+def _share(share: Fraction) -> str:
+    """Rounded up: what is too much is never shown as just enough."""
+    return f"{math.ceil(share * 10_000) / 100:g}%"
 
 
 def prefetching(tasks: Sequence[CostedTask], settings: TasksSpec) -> bool:

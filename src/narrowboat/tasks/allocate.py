@@ -128,7 +128,7 @@ def swapnet(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
     for task in tasks:
         streamed = sum(task.units[unit].nbytes for unit in task.swappable)
         score = (job_time(task) - compute_time(task)) / streamed if streamed else 0.0
-        weights.append(task.spec.importance * _all_resident(task) / total * max(score, 0.0))
+        weights.append(task.spec.importance * _all_resident(task) / max(total, 1) * max(score, 0.0))
     return _by_shares("swapnet", tasks, settings, weights)
 
 
@@ -279,4 +279,11 @@ def allocate(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
         tasks = [task if task.spec.pinned else task.with_pins(frozenset()) for task in tasks]
     if settings.allocation is None:
         return optimal(tasks, settings) if models else as_described(tasks, settings)
-    return method_named(settings.allocation)(tasks, settings)
+    method = method_named(settings.allocation)
+    try:
+        found = method(tasks, settings)
+    except TypeError as error:
+        raise UsageError(f"allocation {settings.allocation!r} cannot be used: {error}") from error
+    if not isinstance(found, Allocation):
+        raise UsageError(f"allocation {settings.allocation!r} gave a {type(found).__name__}, not an Allocation")
+    return found

@@ -101,6 +101,7 @@ def conform(record: Record) -> Conformance:
     ]
     return Conformance(
         (
+            replay.evidence(),
             replay.segments(),
             replay.boundaries(),
             replay.priorities(),
@@ -136,6 +137,18 @@ class _Replay:
         self.parts = sorted(record.segments, key=lambda part: (part.begin, part.end))
         # What decides take; everything else has to be as if they took none.
         self.slack = self.setup["overhead_us"]
+
+    def evidence(self) -> Premise:
+        """Something ran, and every job that ended did so by segments that are there."""
+        computed = {(p.task, p.job, p.block) for p in self.parts if p.engine == "compute"}
+        broken = []
+        for job in self.record.jobs:
+            blocks = range(len(self.tasks[job.task]["computes_us"]))
+            if job.outcome in ("done", "late") and any((job.task, job.number, b) not in computed for b in blocks):
+                broken.append((0, f"{_name(job)} ended without all of its blocks"))
+        if not self.record.jobs:
+            broken.append((0, "no job was released"))
+        return _premise("a record of the jobs", len(self.record.jobs), broken)
 
     def segments(self) -> Premise:
         """No block took longer to load or to compute than was assumed."""

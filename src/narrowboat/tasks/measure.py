@@ -30,7 +30,9 @@ def measure_tasks(
         NarrowboatError: a model, its weights or inputs cannot be used, or the process ended.
     """
     from narrowboat.tasks.execute.client import Child
+    from narrowboat.tasks.execute.input_files import check_inputs
 
+    check_inputs(settings, folder)
     models = settings.model_copy(update={"tasks": tuple(task for task in settings.tasks if task.blocks is None)})
     told: dict[str, Any] = {}
     with Child(request(models, folder, "measure")) as child:

@@ -10,6 +10,7 @@ from typing import Any
 
 from narrowboat.errors import StorageError, TraceFormatError
 from narrowboat.machine.cache import write_durably
+from narrowboat.tasks.record_check import problem
 
 FORMAT = "narrowboat tasks trace 1"
 
@@ -122,16 +123,20 @@ class Record:
         if not isinstance(told, Mapping) or told.get("format") != FORMAT:
             raise TraceFormatError(f"{where} is no trace of tasks: it does not say format {FORMAT!r}")
         try:
-            return cls(
+            found = cls(
                 dict(told["setup"]),
                 [JobRecord(**job) for job in told["jobs"]],
                 [Segment(*segment) for segment in told["segments"]],
-                [(int(when), int(nbytes)) for when, nbytes in told["memory"]],
-                int(told["end_us"]),
+                [(when, nbytes) for when, nbytes in told["memory"]],
+                told["end_us"],
                 dict(told["premises"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            wrong = problem(found.setup, found.jobs, found.segments, found.memory, found.end)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TraceFormatError(f"{where} is no whole trace of tasks: {error!r}") from error
+        if wrong:
+            raise TraceFormatError(f"{where} is no trace of one run: {wrong}")
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write a file that :meth:`load` and ui.perfetto.dev read.

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.quantities import format_bytes
 from narrowboat.tasks.admission import DEFAULT_CHUNK, analysis_tasks, memory_need, schedulable, supply_of
 from narrowboat.tasks.allocate import grow
 from narrowboat.tasks.analysis import edf, fp
 from narrowboat.tasks.analysis.model import Task
 from narrowboat.tasks.costed import CostedTask
-from narrowboat.tasks.spec.schema import MICROSECONDS, TaskSpec, TasksSpec
+from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec
+from narrowboat.tasks.words import format_exactly
 
+_MOST_PIECES = 50  # of one block: finer cuts are none that anybody could make
 _MOST_TIMES = 16  # the period: beyond that it is another task
 
 
@@ -51,14 +53,14 @@ def _cuts(tasks: Sequence[Task], settings: TasksSpec) -> list[str]:
             limit = edf.largest_segment(tasks, task, supply_of(settings))
         else:
             limit = fp.largest_segment(tasks, task)
-        if limit is None or not 0 < limit < task.longest:
+        if limit is None or not task.longest // _MOST_PIECES < limit < task.longest:
             continue
         cut = [*tasks[:place], replace(task, segments=_finer(task.segments, limit)), *tasks[place + 1 :]]
         if schedulable(cut, settings):
             block = task.segments.index(task.longest)
             said.append(
-                f"finer cuts: {task.name}'s segments of {_time(limit)} at most would do (its longest, of block "
-                f"{max(block - 1, 0)}, is {_time(task.longest)})"
+                f"finer cuts: {task.name}'s segments of {format_exactly(limit)} at most would do (its longest, of "
+                f"block {max(block - 1, 0)}, is {format_exactly(task.longest)})"
             )
     return said
 
@@ -84,7 +86,7 @@ def _pins(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> list[
         if after.pinned_bytes > before.pinned_bytes
     ]
     needed = memory_need(pinned, settings)[1]
-    room = "which the budget has room for" if needed <= settings.budget else f"with a budget of {format_bytes(needed)}"
+    room = "which the budget has room for" if needed <= settings.budget else f"with a budget of {needed} bytes"
     return [f"pin: {', '.join(added)} resident, {room} (allocation: optimal)"] if added else []
 
 
@@ -103,7 +105,9 @@ def _periods(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> li
 
         least = _least(step, step * _MOST_TIMES, _holds_with(tasks, task, changed, settings, chunk))
         if least is not None:
-            found.append((least / step, f"period: {_time(least)} instead of {_time(step)} for {task.name}"))
+            found.append(
+                (least / step, f"period: {format_exactly(least)} instead of {format_exactly(step)} for {task.name}")
+            )
     return [min(found)[1]] if found else []
 
 
@@ -120,7 +124,7 @@ def _deadlines(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int) -> 
 
         least = _least(deadline, task.spec.interval, _holds_with(tasks, task, changed, settings, chunk))
         if least is not None:
-            said.append(f"deadline: {_time(least)} instead of {_time(deadline)} for {task.name}")
+            said.append(f"deadline: {format_exactly(least)} instead of {format_exactly(deadline)} for {task.name}")
     return said
 
 
@@ -162,7 +166,3 @@ def _least(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
         else:
             low = middle
     return high
-
-
-def _time(microseconds: int) -> str:
-    return format_seconds(microseconds / MICROSECONDS)

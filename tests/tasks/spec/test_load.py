@@ -65,6 +65,13 @@ def test_what_another_process_is_told_is_the_same() -> None:
         ("contract: {burst: 3, period: 50ms}", "contract: {burst: 0, period: 50ms}", 12, "contract.burst"),
         ("    blocks: [{compute: 4ms}]\n", "", 11, "either model or blocks"),
         ("name: camera", "name: ''", 4, "name"),
+        ("period: 50ms\n    dead", "period: 1ns\n    dead", 5, "shorter than a microsecond"),
+        ("period: 50ms\n    dead", "period: 999999999999h\n    dead", 5, "longer than a year"),
+        ("share: 0.85", "share: 1e-6", 2, "supply.share"),
+        ("burst: 3", "burst: 1000000000000", 12, "contract.burst"),
+        ("bytes: 20MB", "bytes: -1", 9, "a size cannot be negative"),
+        ("blocks: [{compute: 4ms}]", "blocks: []", 15, "must have at least one entry"),
+        ("blocks: [{compute: 4ms}]", "blocks: 5", 15, "must be a list"),
         ("- name: client", "- name: client\n    name: other", 12, "'name' is given twice"),
     ],
 )

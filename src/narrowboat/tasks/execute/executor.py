@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from narrowboat.errors import NarrowboatError
+from narrowboat.errors import BudgetError, NarrowboatError
 from narrowboat.machine.malloc import trim
 from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.tasks.execute import realtime
@@ -75,6 +75,7 @@ class Executor:
         self._zero = 0
         self._idle_since = 0
         self._ran: Job | None = None
+        self._retried: tuple[Job | None, int] | None = None
         self._tally: dict[str, dict[str, int]] = {task.facts.name: {"done": 0, "missed": 0} for task in tasks}
         self._busy_time = {engine.value: 0 for engine in Engine}
         self._spent: dict[Job, int] = {}
@@ -106,12 +107,12 @@ class Executor:
     def computed(self, worker: Worker, block: int) -> None:
         """A block before the last is done."""
         when = self._now()
-        self._report(lambda: self._after_compute(worker, when, None, finished=False))
+        self._report(lambda: self._after_compute(None, when, None))
 
-    def finished(self, worker: Worker, output: Any, error: BaseException | None) -> None:
+    def finished(self, worker: Worker, job: Job, output: Any, error: BaseException | None) -> None:
         """A job has come to its end."""
         when = self._now()
-        self._report(lambda: self._after_compute(worker, when, error, finished=True))
+        self._report(lambda: self._after_compute(job, when, error))
         task = self._by_name[worker.name.removeprefix("narrowboat-")]
         if error is None and task.on_output is not None:
             task.on_output(output)
@@ -337,7 +338,9 @@ class Executor:
         if order.given_up:
             pass
         elif order.error is not None:
-            if job is not None and job in self._of:
+            again = isinstance(order.error, BudgetError) and self._retried != (job, action.block)
+            self._retried = (job, action.block)
+            if job is not None and job in self._of and not again:  # room may have come while it failed
                 self._fail(job, when, f"loading failed: {order.error}")
         elif action.do is Do.PREFETCH:
             view.prefetched, self._prefetched = action.task, order
@@ -348,10 +351,12 @@ class Executor:
             self._let_go(action.task, action.block)  # its job ended meanwhile
         self._boundary(when)
 
-    def _after_compute(self, worker: Worker, when: int, error: BaseException | None, *, finished: bool) -> None:
-        action = self._view.doing.pop(Engine.COMPUTE, None)
-        if action is None or action.job is None:
+    def _after_compute(self, finished: Job | None, when: int, error: BaseException | None) -> None:
+        """A block is done; ``finished`` is its job if that has come to its end."""
+        action = self._view.doing.get(Engine.COMPUTE)
+        if action is None or action.job is None or (finished is not None and action.job is not finished):
             return  # a job that was ended at a boundary has gone
+        del self._view.doing[Engine.COMPUTE]
         begin, job = self._began.pop(Engine.COMPUTE), action.job
         self._segment(Engine.COMPUTE, action.do.value, action, begin, when)
         self.policy.ended(action, when)
@@ -363,7 +368,7 @@ class Executor:
             job.computed = action.block + 1
             self._let_go(job.task, action.block)
             self._over(job, "compute", action.block, when - begin, job.task.computes[action.block])
-            if finished:
+            if finished is not None:
                 late = when > job.due
                 self._end(job, when, "late" if late else "done", "over its deadline" if late else "")
         self._boundary(when)
@@ -384,8 +389,9 @@ class Executor:
         told = {"task": job.task.name, "job": job.number, "engine": engine, "block": block}
         self.overruns.append({**told, "took_us": took, "budget_us": allowed})
         task = self._by_name[job.task.name]
-        if self._spent[job] <= task.budget or job.finished:
-            return
+        computing = self._view.doing.get(Engine.COMPUTE)
+        if self._spent[job] <= task.budget or job.finished or (computing is not None and computing.job is job):
+            return  # in the middle of a block nothing is ended; its own end asks again
         if task.overrun == "degrade":
             job.degraded = True
         elif task.overrun == "abort" and job in self._of:
@@ -393,7 +399,7 @@ class Executor:
 
     def _abort(self, job: Job, cause: str) -> None:
         worker = self._by_name[job.task.name].worker
-        if worker is not None and worker.job is job:
+        if worker is not None and job.computed:
             worker.end_job()
         self._end(job, self._now(), "aborted", cause)
 
@@ -402,7 +408,7 @@ class Executor:
         computing = self._view.doing.get(Engine.COMPUTE)
         if computing is not None and computing.job is job:
             return  # the block under way ends first; the next one will be asked for again
-        if worker is not None and worker.job is job:
+        if worker is not None and job.computed:
             worker.end_job()
         self._end(job, when, "failed", " ".join(cause.split())[:300])
 
@@ -459,8 +465,7 @@ class Executor:
             self._order.give_up()
         for task in self.tasks:
             if task.worker is not None:
-                if task.worker.job is not None:
-                    task.worker.end_job()
+                task.worker.end_job()
                 task.worker.stop()
         loader.stop()
         loader.join(_GRACE)

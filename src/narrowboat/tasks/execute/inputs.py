@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from narrowboat.errors import ModelError, TaskSpecError, UsageError
+from narrowboat.tasks.execute.input_files import input_files
 from narrowboat.tasks.spec.schema import InputSpec
 from narrowboat.zoo.resolve import ResolvedModel
-
-_MOST_FILES = 64
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".npy")
 
 
 class InputsEndedError(Exception):
@@ -46,25 +44,11 @@ def source_of(spec: InputSpec | None, resolved: ResolvedModel, example: tuple[An
         inputs = _read(resolved, folder / spec.file)
         return Source(lambda: inputs)
     if spec.folder is not None:
-        return _cycle([_read(resolved, path) for path in _files(folder / spec.folder)])
+        return _cycle([_read(resolved, path) for path in input_files(folder / spec.folder)])
     if spec.queue is not None:
         raise TaskSpecError(f"input queue {spec.queue!r}: nobody fills queues yet; use a file, folder or generator")
     assert spec.generator is not None
     return _generated(spec.generator)
-
-
-def _files(folder: Path) -> list[Path]:
-    try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)
-    except OSError as error:
-        raise TaskSpecError(f"input folder {folder}: {error.strerror}") from error
-    if not found:
-        raise TaskSpecError(f"input folder {folder} has no image or .npy file")
-    if len(found) > _MOST_FILES:
-        raise TaskSpecError(
-            f"input folder {folder} has {len(found)} files; {_MOST_FILES} at most are kept in memory: use a generator"
-        )
-    return found
 
 
 def _read(resolved: ResolvedModel, path: Path) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +20,17 @@ class Dispatcher(Protocol):
     def computed(self, worker: Worker, block: int) -> None:
         """A block before the last has been computed."""
 
-    def finished(self, worker: Worker, output: Any, error: BaseException | None) -> None:
-        """The job has come to its end, or failed."""
+    def finished(self, worker: Worker, job: Job, output: Any, error: BaseException | None) -> None:
+        """A job has come to its end, or failed."""
 
 
-@dataclass(eq=False)
 class _Run:
-    job: Job
-    inputs: tuple[Any, ...]
+    """One job on its way; a run of its own for each, so that the end of one is never taken for another's."""
+
+    def __init__(self, job: Job, inputs: tuple[Any, ...]) -> None:
+        self.job, self.inputs = job, inputs
+        self.go = threading.Semaphore(0)
+        self.ended = False
 
 
 class Worker(threading.Thread):
@@ -45,24 +47,25 @@ class Worker(threading.Thread):
         super().__init__(name=f"narrowboat-{name}", daemon=True)
         self.model = model
         self.block = -1
-        self.job: Job | None = None
         self._begin, self._dispatcher = begin, dispatcher
         self._runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
-        self._go = threading.Semaphore(0)
-        self._end = False
+        self._asked: _Run | None = None  # the dispatcher's
+        self._under_way: _Run | None = None  # this thread's
         model.boundary = _at_boundary
 
     def compute(self, job: Job, block: int, inputs: tuple[Any, ...]) -> None:
         """From the dispatcher: compute a block of the job; the job begins with its first."""
-        if self.job is None:
-            self.job, self._end = job, False
-            self._runs.put(_Run(job, inputs))
-        self._go.release()
+        if self._asked is None or self._asked.job is not job:
+            self._asked = _Run(job, inputs)
+            self._runs.put(self._asked)
+        self._asked.go.release()
 
     def end_job(self) -> None:
-        """From the dispatcher, while the job waits at a boundary: it ends there."""
-        self._end = True
-        self._go.release()
+        """From the dispatcher: a job that waits at a boundary ends there, if there is one."""
+        if self._asked is not None:
+            self._asked.ended = True
+            self._asked.go.release()
+            self._asked = None
 
     def stop(self) -> None:
         """End when there is no job."""
@@ -73,8 +76,10 @@ class Worker(threading.Thread):
         if block:
             self.model.hide(block - 1)
             self._dispatcher.computed(self, block - 1)
-        self._go.acquire()
-        if self._end:
+        run = self._under_way
+        assert run is not None
+        run.go.acquire()
+        if run.ended:
             raise JobEnded
         self.block = block
         self.model.show(block)
@@ -85,7 +90,7 @@ class Worker(threading.Thread):
         torch.set_num_threads(1)
         while (run := self._runs.get()) is not None:
             output, error = None, None
-            self.block = -1
+            self.block, self._under_way = -1, run
             try:
                 with torch.inference_mode():
                     output = self.model.module(*run.inputs)
@@ -94,8 +99,7 @@ class Worker(threading.Thread):
             if self.block >= 0:
                 self.model.hide(self.block)
             self.model.gate.depth = 0
-            self.job = None
-            self._dispatcher.finished(self, output, error)
+            self._dispatcher.finished(self, run.job, output, error)
             del output, error, run
 
 

@@ -22,6 +22,16 @@ _PARTS: dict[str, type[BaseModel]] = {
     "supply": SupplySpec,
     "storage": StorageSpec,
 }
+# What pydantic says in Python's words.
+_KINDS = {
+    "too_short": "must have at least one entry",
+    "tuple_type": "must be a list",
+    "model_type": "must be fields with values",
+    "model_attributes_type": "must be fields with values",
+    "dict_type": "must be fields with values",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+}
 Place = tuple[str | int, ...]
 
 
@@ -110,6 +120,8 @@ def _message(problem: Mapping[str, Any], told: Mapping[str, Any], where: str, tr
         return f"{start}{field}: missing; it must be given"
     if kind == "literal_error":
         return f"{start}{field}: {problem['input']!r} is not allowed; use {problem['ctx']['expected']}"
+    if kind in _KINDS:
+        return f"{start}{field}: {_KINDS[kind]}, not {problem['input']!r:.60}"
     said = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error":
         said = f"{said[:1].lower()}{said[1:]}, not {problem['input']!r:.60}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -11,24 +12,39 @@ from narrowboat.errors import QuantityError
 from narrowboat.quantities import parse_bytes, parse_seconds
 
 MICROSECONDS = 1_000_000
+_LONGEST = 366 * 86_400  # seconds
 
 
-def _time(value: Any) -> int:
+def _exact(value: Any) -> Fraction:
     """Microseconds of "20ms", or of a bare number of seconds."""
     try:
-        return _whole(parse_seconds(value, what="time"))
+        seconds = parse_seconds(value, what="time")
     except QuantityError as error:
         raise ValueError(str(error).removeprefix("time ")) from error
+    if seconds > _LONGEST:
+        raise ValueError(f"{value!r} is longer than a year")
+    # A decimal such as 0.0021 s is not a whole number of microseconds in binary: what is meant is the decimal.
+    return Fraction(f"{seconds:.12f}") * MICROSECONDS
 
 
-def _whole(seconds: float) -> int:
-    # A decimal such as 0.0021 s is not a whole number of microseconds in binary.
-    return round(Fraction(str(seconds)) * MICROSECONDS)
+def _cost(value: Any) -> int:
+    """Whole microseconds, rounded up: what tasks cost is never taken for less."""
+    return math.ceil(_exact(value))
+
+
+def _span(value: Any) -> int:
+    """Whole microseconds, rounded down: what tasks have is never taken for more."""
+    exact = _exact(value)
+    if 0 < exact < 1:
+        raise ValueError(f"{value!r} is shorter than a microsecond, the shortest time there is here")
+    return math.floor(exact)
 
 
 def _bytes(value: Any) -> int:
     if not isinstance(value, bool) and str(value).strip().rstrip("kKmMgGiIbB ") in ("0", "0.0"):
         return 0
+    if str(value).strip().startswith("-"):
+        raise ValueError(f"{value!r}: a size cannot be negative")
     try:
         return parse_bytes(value, what="size")
     except QuantityError as error:
@@ -42,15 +58,15 @@ def _positive(value: int) -> int:
 
 
 _TIME_SCHEMA = {
-    "anyOf": [{"type": "string", "pattern": r"^\s*[0-9.]+\s*(ns|us|µs|ms|s|min|h)\s*$"}, {"type": "number"}],
+    "anyOf": [{"type": "string", "pattern": r"^\s*[0-9.]+\s*(ns|us|µs|ms|s|min|h)?\s*$"}, {"type": "number"}],
     "description": "A time such as 20ms; a bare number is seconds.",
 }
 _BYTES_SCHEMA = {
     "anyOf": [{"type": "string"}, {"type": "integer"}],
     "description": "Bytes, such as 300MiB or 20MB; a bare number is bytes.",
 }
-Time = Annotated[int, BeforeValidator(_time), WithJsonSchema(_TIME_SCHEMA)]
-PositiveTime = Annotated[Time, AfterValidator(_positive)]
+Cost = Annotated[int, BeforeValidator(_cost), WithJsonSchema(_TIME_SCHEMA)]
+Span = Annotated[int, BeforeValidator(_span), AfterValidator(_positive), WithJsonSchema(_TIME_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(_bytes), WithJsonSchema(_BYTES_SCHEMA)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Policy = Literal["edf", "fp"]
@@ -64,8 +80,8 @@ class _Strict(BaseModel):
 class BlockSpec(_Strict):
     """One block of a task that is described instead of measured."""
 
-    load: Annotated[Time, Field(description="Worst time to read its weights.")] = 0
-    compute: Annotated[Time, Field(description="Worst time to run it.")] = 0
+    load: Annotated[Cost, Field(description="Worst time to read its weights.")] = 0
+    compute: Annotated[Cost, Field(description="Worst time to run it.")] = 0
     bytes: Annotated[Bytes, Field(description="Of its weights.")] = 0
     pinned: Annotated[bool, Field(description="Its weights stay in memory: no load, and its bytes always count.")] = (
         False
@@ -81,15 +97,15 @@ class BlockSpec(_Strict):
 class Contract(_Strict):
     """A client's right to send: a bucket of ``burst`` tokens that gains one every ``period``."""
 
-    burst: Annotated[int, Field(ge=1, description="Most jobs at once.")] = 1
-    period: Annotated[PositiveTime, Field(description="In which one more may come.")]
+    burst: Annotated[int, Field(ge=1, le=10_000, description="Most jobs at once.")] = 1
+    period: Annotated[Span, Field(description="In which one more may come.")]
 
 
 class SupplySpec(_Strict):
     """What of the processor is there for the tasks, at least: ``share * (d - delay)`` in any time ``d``."""
 
-    share: Annotated[float, Field(gt=0, le=1, description="Of the core, in the long run.")] = 1.0
-    delay: Annotated[Time, Field(description="Longest time without the core.")] = 0
+    share: Annotated[float, Field(ge=0.001, le=1, description="Of the core, in the long run.")] = 1.0
+    delay: Annotated[Cost, Field(description="Longest time without the core.")] = 0
 
 
 class InputSpec(_Strict):
@@ -126,13 +142,14 @@ class TaskSpec(_Strict):
     weights: Annotated[str | None, Field(description="The weights file; relative to tasks.yaml.")] = None
     input: Annotated[InputSpec | None, Field(description="The model's example inputs if left out.")] = None
     blocks: Annotated[
-        tuple[BlockSpec, ...] | None, Field(min_length=1, description="Instead of a model: what it costs.")
+        tuple[BlockSpec, ...] | None,
+        Field(min_length=1, max_length=4096, description="Instead of a model: what it costs."),
     ] = None
     activation_bytes: Annotated[Bytes, Field(description="With blocks: what one job holds beside weights.")] = 0
-    period: Annotated[PositiveTime | None, Field(description="Least time between two jobs.")] = None
-    jitter: Annotated[Time, Field(description="By how much a release may be late.")] = 0
+    period: Annotated[Span | None, Field(description="Least time between two jobs.")] = None
+    jitter: Annotated[Cost, Field(description="By how much a release may be late.")] = 0
     contract: Annotated[Contract | None, Field(description="Instead of a period: a token bucket.")] = None
-    deadline: Annotated[PositiveTime | None, Field(description="From release; the period if left out.")] = None
+    deadline: Annotated[Span | None, Field(description="From release; the period if left out.")] = None
     importance: Annotated[float, Field(gt=0, le=1e6, description="Weight of its slowdown.")] = 1.0
     priority: Annotated[int | None, Field(description="Larger is more important; by deadline if left out.")] = None
     pinned: Annotated[bool, Field(description="All its weights stay in memory.")] = False
@@ -141,7 +158,7 @@ class TaskSpec(_Strict):
         Literal["finish", "abort", "degrade"],
         Field(description="A job over its budget: let it end, end it at a boundary, or go on as best effort."),
     ] = "finish"
-    offset: Annotated[Time, Field(description="First release after the start.")] = 0
+    offset: Annotated[Cost, Field(description="First release after the start.")] = 0
 
     @model_validator(mode="after")
     def _whole(self) -> TaskSpec:
@@ -205,15 +222,15 @@ class TasksSpec(_Strict):
     ] = None
     supply: SupplySpec = SupplySpec()
     storage: StorageSpec = StorageSpec()
-    overhead: Annotated[Time, Field(description="Of one block boundary, added to each segment.")] = 0
+    overhead: Annotated[Cost, Field(description="Of one block boundary, added to each segment.")] = 0
     margin: Annotated[float, Field(ge=1, le=10, description="Over the largest times measured.")] = 1.2
-    calibration: Annotated[PositiveTime, Field(description="For how long each network is measured.")] = 8_000_000
+    calibration: Annotated[Span, Field(description="For how long each network is measured.")] = 8_000_000
     prefetch: Annotated[
         bool | None, Field(description="Load the likely next job's first block while the loader is idle.")
     ] = None
     compute_core: Annotated[int | None, Field(ge=0, description="Core to compute on.")] = None
     load_core: Annotated[int | None, Field(ge=0, description="Core to load on.")] = None
-    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1, max_length=256)]
 
     @model_validator(mode="after")
     def _names(self) -> TasksSpec:

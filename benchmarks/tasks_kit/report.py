@@ -18,7 +18,8 @@ def write_markdown(told: dict[str, Any], path: Path) -> None:
         f"`tasks.json`. Seeds from {told['seed']} on, {told['sets']} sets per point, {shape['tasks']} tasks of "
         f"{shape['units']} units; what a curve does not vary is: utilisation by computing {shape['utilisation']}, "
         f"demand {shape['demand']} times the budget, loads {shape['load']} of computing (times 0.5 to 1.5 by task). "
-        "Deadlines are the periods; boundaries and preemptions cost nothing, for anybody. RT-Swap's own test is not public: its rules are judged by a safe test of ours "
+        "Deadlines are the periods; boundaries and preemptions cost nothing, for anybody. RT-Swap's own test is "
+        "not public: its rules are judged by a safe test of ours "
         "(`tasks_kit/admitted.py`).",
         "",
         "![shares](tasks.png)",

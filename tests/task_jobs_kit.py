@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 from narrowboat.tasks.analysis.model import Arrival, Block, Task
 from narrowboat.tasks.analysis.pipeline import segments
-from narrowboat.tasks.job import Job, TaskFacts
+from narrowboat.tasks.job import TaskFacts
+from narrowboat.tasks.simulate import VaryingCosts
 
 
-@dataclass
-class RandomCosts:
-    """Anything up to the worst case."""
-
-    random: random.Random
-    least: float = 0.0
-
-    def _some(self, most: int) -> int:
-        return self.random.randint(int(self.least * most), most)
-
-    def load(self, job: Job | None, task: TaskFacts, block: int) -> int:
-        return self._some(task.loads[block])
-
-    def compute(self, job: Job, block: int) -> int:
-        return self._some(job.task.computes[block])
-
-    def move(self, nbytes: int) -> int:
-        return self._some(nbytes)
+def random_costs(rng: random.Random, least: float = 0.0) -> VaryingCosts:
+    """Anything from that share of the worst case up to it."""
+    return VaryingCosts(lambda most: rng.randint(int(least * most), most))
 
 
 def facts(task: Task, index: int, blocks: list[Block], activation_bytes: int = 0, **more: object) -> TaskFacts:

@@ -5,35 +5,19 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from narrowboat.tasks.admission import admit
 from narrowboat.tasks.costed import facts_of, priorities
-from narrowboat.tasks.job import Job, TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
-from narrowboat.tasks.simulate import Simulation, periodic
+from narrowboat.tasks.simulate import Simulation, VaryingCosts, periodic
 from tasks_kit.sets import Shape, random_set
 
 
-@dataclass
-class _Costs:
-    """Anything up to the worst case; often near it."""
-
-    rng: random.Random
-
-    def _some(self, most: int) -> int:
-        return most if self.rng.random() < 0.5 else self.rng.randint(0, most)
-
-    def load(self, job: Job | None, task: TaskFacts, block: int) -> int:
-        return self._some(task.loads[block])
-
-    def compute(self, job: Job, block: int) -> int:
-        return self._some(job.task.computes[block])
-
-    def move(self, nbytes: int) -> int:
-        return self._some(nbytes)
+def _costs(rng: random.Random) -> VaryingCosts:
+    """Anything up to the worst case; often just that."""
+    return VaryingCosts(lambda most: most if rng.random() < 0.5 else rng.randint(0, most))
 
 
 def soundness(jobs: int, seed: int) -> dict[str, Any]:
@@ -57,7 +41,7 @@ def soundness(jobs: int, seed: int) -> dict[str, Any]:
         facts = [facts_of(task, k, levels[task.name]) for k, task in enumerate(tasks)]
         policy = BlockBoundaries(ORDERS[settings.policy], preempt=settings.preemption == "lp-keep")
         offsets = [rng.choice([0, rng.randint(0, fact.period)]) for fact in facts]
-        record = Simulation(policy, _Costs(rng)).run(periodic(facts, 40_000_000, offsets))
+        record = Simulation(policy, _costs(rng)).run(periodic(facts, 40_000_000, offsets))
         bounds = {task.name: task.bound or 0 for task in verdict.tasks}
         for name, times in record.responses().items():
             done += len(times)

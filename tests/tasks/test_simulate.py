@@ -22,7 +22,7 @@ from narrowboat.tasks.policy.paging import DemandPaging
 from narrowboat.tasks.policy.volume import VolumeSwap
 from narrowboat.tasks.record import Record
 from narrowboat.tasks.simulate import Simulation, WorstCosts, periodic
-from task_jobs_kit import RandomCosts, facts, random_set
+from task_jobs_kit import facts, random_costs, random_set
 from task_sets_kit import three
 
 CHUNK = 2
@@ -66,7 +66,7 @@ def test_no_response_is_over_its_bound_and_no_byte_over_the_need(
         for t, f, blocks in zip(tasks, everything, cut, strict=True)
     ]
     budget = need(parts, keep=preempt).nbytes
-    for costs in (WorstCosts(), RandomCosts(rng), RandomCosts(rng, 0.8)):
+    for costs in (WorstCosts(), random_costs(rng), random_costs(rng, 0.8)):
         run = Simulation(
             BlockBoundaries(order.ORDERS[policy], preempt=preempt, prefetch=prefetch),
             costs,

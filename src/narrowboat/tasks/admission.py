@@ -14,7 +14,7 @@ from narrowboat.tasks.analysis.memory import MemoryNeed, need
 from narrowboat.tasks.analysis.model import Supply, Task, total_utilisation
 from narrowboat.tasks.analysis.overrun import tolerated
 from narrowboat.tasks.analysis.solution import Response
-from narrowboat.tasks.costed import CostedTask, analysis_task, footprint_of, prefetches, priorities
+from narrowboat.tasks.costed import CostedTask, analysis_task, footprint_of, priorities
 from narrowboat.tasks.spec.schema import TasksSpec
 from narrowboat.tasks.words import format_exactly, some_names
 
@@ -278,39 +278,31 @@ def _reasons(
             )
         if violation is not None:
             blocking = (
-                f", and a block of {violation.blocker} that has begun takes {_time(violation.blocking)}"
+                f", and a block of {violation.blocker} that has begun takes {format_exactly(violation.blocking)}"
                 if violation.blocking
                 else ""
             )
             reasons.append(
-                f"demand: within {_time(violation.instant)} work of {_time(violation.demand)} is due{blocking}; "
-                f"the core gives {_time(violation.supply)}"
+                f"demand: within {format_exactly(violation.instant)} work of {format_exactly(violation.demand)} is "
+                f"due{blocking}; "
+                f"the core gives {format_exactly(violation.supply)}"
             )
     for verdict in late:
         response = verdict.response
         if response.bound is None:
             reasons.append(f"{verdict.name}: its response has no bound: more work may arrive than is served")
             continue
-        parts = [f"{_time(verdict.cost)} of its own"]
+        parts = [f"{format_exactly(verdict.cost)} of its own"]
         if response.blocking:
-            parts.append(f"{_time(response.blocking)} of a block of {response.blocker} that has begun")
-        parts += [f"{_time(work)} of {name}" for name, work in response.interference.items() if work]
+            parts.append(f"{format_exactly(response.blocking)} of a block of {response.blocker} that has begun")
+        parts += [f"{format_exactly(work)} of {name}" for name, work in response.interference.items() if work]
         reasons.append(
-            f"{verdict.name}: may take {_time(response.bound)}, its deadline is {_time(verdict.deadline)}: "
-            + ", ".join(parts)
+            f"{verdict.name}: may take {format_exactly(response.bound)}, its deadline is "
+            f"{format_exactly(verdict.deadline)}: " + ", ".join(parts)
         )
     return reasons
-
-
-def _time(microseconds: int) -> str:
-    return format_exactly(microseconds)
 
 
 def _share(share: Fraction) -> str:
     """Rounded up: what is too much is never shown as just enough."""
     return f"{math.ceil(share * 10_000) / 100:g}%"
-
-
-def prefetching(tasks: Sequence[CostedTask], settings: TasksSpec) -> bool:
-    """Whether the policy should load first blocks ahead."""
-    return prefetches(settings, tasks)

@@ -17,6 +17,8 @@ from itertools import product
 from narrowboat.errors import BudgetError, UsageError
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.admission import analysis_tasks, memory_need, schedulable
+from narrowboat.tasks.analysis.memory import largest_pair
+from narrowboat.tasks.analysis.pipeline import segments
 from narrowboat.tasks.costed import CostedTask
 from narrowboat.tasks.cutting import cut_models
 from narrowboat.tasks.spec.schema import TasksSpec
@@ -45,9 +47,7 @@ Method = Callable[[Sequence[CostedTask], TasksSpec], Allocation]
 
 def job_time(task: CostedTask) -> int:
     """Worst time of one job alone."""
-    blocks = task.blocks()
-    loads = [block.load for block in blocks]
-    return loads[0] + sum(max(b.compute, load) for b, load in zip(blocks, [*loads[1:], 0], strict=True))
+    return sum(segments(task.blocks()))
 
 
 def compute_time(task: CostedTask) -> int:
@@ -66,9 +66,8 @@ def slowdown(tasks: Sequence[CostedTask]) -> float:
 
 def floor_bytes(task: CostedTask) -> int:
     """What the task needs to run at all, in a share of its own."""
-    sizes = [block.nbytes for block in task.blocks()]
-    pairs = max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
-    return pairs + task.activation_bytes + task.fixed_bytes + task.pinned_bytes
+    window = largest_pair([block.nbytes for block in task.blocks()])
+    return window + task.activation_bytes + task.fixed_bytes + task.pinned_bytes
 
 
 def _all_resident(task: CostedTask) -> int:

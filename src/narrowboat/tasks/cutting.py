@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from narrowboat.tasks.admission import analysis_tasks, memory_need, schedulable, supply_of
 from narrowboat.tasks.analysis import edf, fp
+from narrowboat.tasks.analysis.memory import largest_pair
 from narrowboat.tasks.costed import CostedTask
 from narrowboat.tasks.spec.schema import TasksSpec
 
@@ -67,8 +68,7 @@ def _cut(
 
 def _ends(task: CostedTask, settings: TasksSpec, room: float, longest: int | None) -> tuple[int, ...] | None:
     sizes = [unit.nbytes for unit in task.units]
-    least = max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
-    space = max(round(room * sum(sizes)), least)
+    space = max(round(room * sum(sizes)), largest_pair(sizes))
     found = task.cut(longest=longest, room=space, overhead=settings.overhead)
     # A unit can be longer than what would be wished for.
     found = found or task.cut(room=space, overhead=settings.overhead)

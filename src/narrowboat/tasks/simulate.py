@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,29 @@ class WorstCosts:
     def move(self, nbytes: int) -> int:
         """To swap bytes by volume."""
         return -int(-nbytes // self.bytes_per_unit)
+
+
+@dataclass
+class VaryingCosts:
+    """Anything up to the worst case.
+
+    Attributes:
+        up_to: given the most something may take, what it takes.
+    """
+
+    up_to: Callable[[int], int]
+
+    def load(self, job: Job | None, task: TaskFacts, block: int) -> int:
+        """To load a block."""
+        return self.up_to(task.loads[block])
+
+    def compute(self, job: Job, block: int) -> int:
+        """To compute a block."""
+        return self.up_to(job.task.computes[block])
+
+    def move(self, nbytes: int) -> int:
+        """To swap bytes by volume."""
+        return self.up_to(nbytes)
 
 
 def periodic(tasks: Sequence[TaskFacts], until: int, offsets: Sequence[int] = ()) -> Iterator[tuple[int, TaskFacts]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import AdmissionError, UsageError
-from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit, prefetching
+from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit
 from narrowboat.tasks.allocate import Allocation, allocate
-from narrowboat.tasks.costed import CostedTask, described, facts_of, priorities
+from narrowboat.tasks.costed import CostedTask, described, facts_of, prefetches, priorities
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
@@ -128,7 +128,7 @@ class TaskSet:
         return BlockBoundaries(
             ORDERS[self.settings.policy],
             preempt=self.settings.preemption == "lp-keep",
-            prefetch=prefetching(self.costed, self.settings),
+            prefetch=prefetches(self.settings, self.costed),
         )
 
     def simulate(self, seconds: float = 10.0, costs: Costs | None = None) -> Record:
@@ -209,7 +209,7 @@ class TaskSet:
                 "run",
                 tasks=by_task,
                 pool_bytes=self.settings.budget - verdict.memory.pinned - fixed,
-                prefetch=prefetching(self.costed, self.settings),
+                prefetch=prefetches(self.settings, self.costed),
                 seconds=seconds,
                 record=str(path),
                 setup=self.setup(facts),
@@ -236,7 +236,7 @@ class TaskSet:
         return {
             "policy": self.settings.policy,
             "preemption": self.settings.preemption,
-            "prefetch": prefetching(self.costed, self.settings),
+            "prefetch": prefetches(self.settings, self.costed),
             "budget_bytes": self.settings.budget,
             "supply": {"share": self.settings.supply.share, "delay_us": self.settings.supply.delay},
             "overhead_us": self.settings.overhead,

@@ -70,15 +70,19 @@ def footprint(
         resident: whether all weights stay, and none is swapped.
     """
     sizes = [0 if resident else block.nbytes for block in blocks]
-    pairs = max((a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
     return Footprint(
         name,
-        pairs + activation_bytes,
+        largest_pair(sizes) + activation_bytes,
         max(sizes, default=0) + activation_bytes,
         level,
         pinned + (sum(block.nbytes for block in blocks) if resident else 0),
         network,
     )
+
+
+def largest_pair(sizes: Sequence[int]) -> int:
+    """The most bytes that two neighbouring blocks have together: the window one job needs."""
+    return max((a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
 
 
 def pinned_bytes(tasks: Sequence[Footprint]) -> int:

@@ -15,6 +15,7 @@ from narrowboat.arena.pool import PagePool
 from narrowboat.errors import ModelError
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.malloc import trim
+from narrowboat.tasks.analysis.memory import largest_pair
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.load_models import Loaded, activation_bytes, allocator_bytes
@@ -76,8 +77,7 @@ def _kept(path: Path, digest: str) -> dict[str, Any] | None:
 
 def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
     sizes = [unit.nbytes for unit in model.units]
-    pairs = max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
-    pool = PagePool(max(pairs, 1 << 20), lock=True)  # as in a run: locking takes time too
+    pool = PagePool(max(largest_pair(sizes), 1 << 20), lock=True)  # as in a run: locking takes time too
     ends = range(1, len(sizes) + 1)
     model.arrange(pool, list(ends), ())
     there = tuple(place.nbytes if place is not None else 0 for place in model.places)

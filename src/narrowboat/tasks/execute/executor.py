@@ -69,7 +69,6 @@ class Executor:
         self._inputs: dict[Job, tuple[Any, ...]] = {}
         self._began: dict[Engine, int] = {}
         self._order: Order | None = None
-        self._prefetched: Order | None = None
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
         self._zero = 0
@@ -289,7 +288,7 @@ class Executor:
             view.doing[Engine.LOAD] = Action(Do.LOAD, action.task, action.job)
             self._begin(action.job, now)
             return
-        if action.do is not Do.PREFETCH and self._prefetched is not None and Engine.LOAD not in view.doing:
+        if action.do is not Do.PREFETCH and view.prefetched is not None and Engine.LOAD not in view.doing:
             self._use_prefetched(action)
         engine = action.do.engine
         view.doing[engine], self._began[engine] = action, now
@@ -316,7 +315,7 @@ class Executor:
             action.job.loaded = 1
         else:
             self._let_go(self._view.prefetched, 0)
-        self._view.prefetched = self._prefetched = None
+        self._view.prefetched = None
 
     def _begin(self, job: Job, now: int) -> None:
         if job.started is None:
@@ -343,7 +342,7 @@ class Executor:
             if job is not None and job in self._of and not again:  # room may have come while it failed
                 self._fail(job, when, f"loading failed: {order.error}")
         elif action.do is Do.PREFETCH:
-            view.prefetched, self._prefetched = action.task, order
+            view.prefetched = action.task
         elif job is not None and job in self._of:
             job.loaded = max(job.loaded, action.block + 1)
             self._over(job, "load", action.block, when - begin, action.task.loads[action.block])

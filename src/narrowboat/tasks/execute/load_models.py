@@ -55,12 +55,6 @@ class Loaded:
         """Each once."""
         return list(dict.fromkeys(self.of.values()))
 
-    def heap_bytes(self) -> int:
-        """For activations of all tasks at once, as a preempted job keeps its own, and the heap's holes."""
-        most = [activation_parts(model.trace, POLICY) for model in self.of.values()]
-        holes = max((parts["allocator"] for parts in most), default=0)
-        return sum(parts["activations"] for parts in most) + holes
-
 
 def activation_bytes(model: TaskModel) -> int:
     """Of one job."""

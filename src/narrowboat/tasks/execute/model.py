@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,21 +190,6 @@ class TaskModel:
                     view = self._window.tensor((state.offset or 0) + place, weight.entry.dtype, weight.entry.shape)
                     slot.bind(view)
 
-    def unit_at(self, step: int) -> int:
-        """The unit that a step of the traced order belongs to."""
-        return max(bisect_right([unit.first_step for unit in self.units], step) - 1, 0)
-
     def close(self) -> None:
         """Stop the reader and close the files."""
         self.reader.close()
-
-
-def check_files(models: Iterable[TaskModel]) -> None:
-    """The weights files are those that were opened.
-
-    Raises:
-        WeightsChangedError: one is not.
-    """
-    for model in models:
-        for file in model.files:
-            file.check_open_file()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +71,7 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
         baseline=loaded.baseline,
         compute_core=settings.compute_core,
         load_core=settings.load_core,
-        on_tick=lambda picture: pipe.tell("tick", **picture),
+        on_tick=_watched_from_aside(pipe),
     )
     pipe.tell("progress", said="warming up")
     _warm_up(tasks, space, executor)
@@ -84,6 +87,22 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
         pipe.tell("progress", said=f"the peak was {format_bytes(record.premises['peak_bytes'])}, over the budget")
     pool.close()
     pipe.tell("done")
+
+
+def _watched_from_aside(pipe: Pipe) -> Callable[[dict[str, Any]], None]:
+    """Tell pictures from a thread of its own: a reader that is slow costs pictures, and never a deadline."""
+    latest: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=1)
+
+    def show(picture: dict[str, Any]) -> None:
+        with contextlib.suppress(queue.Full):
+            latest.put_nowait(picture)
+
+    def tell() -> None:
+        while True:
+            pipe.tell("tick", **latest.get())
+
+    threading.Thread(target=tell, name="narrowboat-teller", daemon=True).start()
+    return show
 
 
 def _warm_up(tasks: list[Running], space: SwapSpace, executor: Executor) -> None:

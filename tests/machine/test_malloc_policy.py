@@ -70,3 +70,43 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("narrowboat.machine.malloc.allocator_name", lambda: "jemalloc")
     assert set_malloc_policy(MallocPolicy.STRICT) is False
     assert trim() is False
+
+
+OWN_HEAP = """
+import ctypes, threading
+from narrowboat.machine.malloc import give_back_own_heap, set_malloc_policy, trim
+from narrowboat.machine.memory import resident_bytes
+set_malloc_policy("default"); set_malloc_policy("lean"); set_malloc_policy("default")
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+held, blocks = [], [0] * 200
+def use():
+    for i in range(200):
+        blocks[i] = libc.malloc(100 << 10)
+        ctypes.memset(blocks[i], 1, 100 << 10)
+    for block in blocks:
+        libc.free(block)
+def work():
+    before = resident_bytes()
+    use()
+    trim()
+    held.append(resident_bytes() - before)
+    give_back_own_heap()
+    held.append(resident_bytes() - before)
+    use()
+    held.append(resident_bytes() - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(*held)
+"""
+
+
+@needs_glibc
+def test_a_thread_gives_the_end_of_its_heap_back_and_the_policy_stays_in_force() -> None:
+    done = subprocess.run([sys.executable, "-c", OWN_HEAP], capture_output=True, text=True, check=True)
+    trimmed, given_back, afterwards = map(int, done.stdout.split())
+    assert trimmed > 15 << 20  # what malloc_trim cannot reach
+    assert given_back < 2 << 20
+    assert afterwards > 15 << 20  # "default" keeps what is freed, as before

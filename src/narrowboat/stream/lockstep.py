@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from narrowboat.machine.malloc import give_back_own_heap
 from narrowboat.profile.use_trace import ENTER, EXIT, Event
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ class Crew:
         while True:
             sweep = me.inbox.get()
             if not sweep:
+                give_back_own_heap()
                 return
             if sweep == me.sweep:
                 continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from narrowboat.errors import BudgetError, NarrowboatError, StreamedModelError
 from narrowboat.machine.malloc import set_malloc_policy, trim
+from narrowboat.plan.group import IN_FLIGHT
 from narrowboat.plan.make import retime
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.quantities import format_bytes
@@ -120,8 +121,10 @@ def note_left_behind(session: Session) -> int:
     if prepared.trace is not None and session.engine.crew is None:
         trim()
         more = session.beside_weights() - prepared.at_rest
-        # The program's own results and models are not the session's; small change is noise.
-        left = min(max(more, 0), _MOST_LEFT) // _STEP * _STEP
+        # The program's own results and models are not the session's; small change is noise. The threads of a map leave
+        # no more than was reserved for them.
+        most = max(_MOST_LEFT, dict(session.plan.fixed_parts).get(IN_FLIGHT, 0))
+        left = min(max(more, 0), most) // _STEP * _STEP
         prepared.left_behind = left + NOISE if left else 0  # and passes to come stir the heap once more
     return prepared.left_behind - before
 

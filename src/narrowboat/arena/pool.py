@@ -19,6 +19,7 @@ from narrowboat.quantities import format_bytes
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MAP_POPULATE = 0x8000
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 Extents = list[tuple[int, int]]
 
 
@@ -50,6 +51,8 @@ class PagePool:
                 f"cannot reserve {format_bytes(nbytes)} of memory: {error.strerror}; lower the budget"
             ) from error
         self._free: Extents = [(0, self.nbytes)] if self.nbytes else []
+        self._gone: Extents = []  # holes in the file
+        self._end = self.nbytes  # of the file
         self._lock = lock
 
     @property
@@ -84,6 +87,54 @@ class PagePool:
             else:
                 merged.append((offset, nbytes))
         self._free = merged
+
+    def resize(self, nbytes: int) -> None:
+        """Give memory back, or take more; what is lent stays where it is.
+
+        Raises:
+            StorageError: more is lent than would be left, or the system has no more to give; nothing has changed.
+        """
+        wanted = max(nbytes // PAGE, 0) * PAGE
+        if wanted < self.nbytes:
+            holes = self.take(self.nbytes - wanted)
+            if holes is None:
+                raise StorageError(
+                    f"{format_bytes(self.nbytes - self.free_bytes)} of the pool are in use: it cannot shrink to "
+                    f"{format_bytes(wanted)}"
+                )
+            for offset, size in holes:
+                _punch(self.fd, offset, size)
+            self._gone += holes
+        elif wanted > self.nbytes:
+            fresh = self._fresh(wanted - self.nbytes)
+            try:
+                for offset, size in fresh:
+                    os.posix_fallocate(self.fd, offset, size)
+            except OSError as error:
+                for offset, size in fresh:
+                    _punch(self.fd, offset, size)
+                self._gone += fresh
+                raise StorageError(
+                    f"cannot reserve {format_bytes(wanted - self.nbytes)} more of memory: {error.strerror}"
+                ) from error
+            self.give(fresh)
+        self.nbytes = wanted
+
+    def _fresh(self, nbytes: int) -> Extents:
+        """Places in the file without memory: its holes, then beyond its end."""
+        fresh: Extents = []
+        while nbytes and self._gone:
+            offset, size = self._gone.pop()
+            part = min(size, nbytes)
+            if size > part:
+                self._gone.append((offset + part, size - part))
+            fresh.append((offset, part))
+            nbytes -= part
+        if nbytes:
+            os.ftruncate(self.fd, self._end + nbytes)
+            fresh.append((self._end, nbytes))
+            self._end += nbytes
+        return fresh
 
     def close(self) -> None:
         """Give the memory back; what is mapped stays until its addresses go."""
@@ -137,6 +188,11 @@ def _libc() -> ctypes.CDLL:
         ctypes.c_long,
     ]
     return library
+
+
+def _punch(fd: int, offset: int, nbytes: int) -> None:
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    _libc().fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(nbytes))
 
 
 def _map(address: int, nbytes: int, flags: int, fd: int, offset: int) -> None:

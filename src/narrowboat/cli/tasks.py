@@ -116,14 +116,19 @@ def run(
 ) -> None:
     """Run the tasks for real, in a process of their own, and write down every job.
 
+    Signal HUP has the file read again: if admission allows it, the tasks and the budget change while they run.
+
     Exit code 1 if the set is refused or a guaranteed deadline is missed.
     """
-    from narrowboat.cli.tasks_live import live_view
+    from narrowboat.cli.tasks_live import follow, live_view
     from narrowboat.tasks.task_set import TaskSet
 
-    task_set = TaskSet.load(file)
-    with live_view(task_set, quiet=json) as on_tick:
-        record = task_set.run(_seconds(seconds), on_tick=on_tick, admitted_only=not force)
+    task_set, length = TaskSet.load(file), _seconds(seconds)
+    with (
+        live_view(task_set, quiet=json) as on_tick,
+        task_set.start(length, on_tick=on_tick, admitted_only=not force) as live,
+    ):
+        record = follow(live, file)
     _report(record, trace, json, f"{file}, run")
 
 

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.live import Live
 
 from narrowboat.cli.output import error_console, make_table
+from narrowboat.errors import NarrowboatError
 from narrowboat.quantities import format_bytes, format_seconds
+from narrowboat.tasks.live import LiveRun
+from narrowboat.tasks.record import Record
 from narrowboat.tasks.task_set import TaskSet
+
+_LOOK = 0.2  # seconds between looks at what was asked for
+
+
+def follow(live: LiveRun, file: Path) -> Record:
+    """The record of a run once it has ended; Ctrl-C ends it early, and signal HUP has its file read again."""
+    asked = threading.Event()
+    usual = signal.signal(signal.SIGHUP, lambda *_: asked.set())
+    try:
+        while True:
+            try:
+                return live.wait(_LOOK)
+            except TimeoutError:
+                if asked.is_set():
+                    asked.clear()
+                    _change(live, file)
+            except KeyboardInterrupt:
+                live.stop()
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def _change(live: LiveRun, file: Path) -> None:
+    screen = error_console()
+    try:
+        verdict = live.change(TaskSet.load(file))
+    except NarrowboatError as error:
+        screen.print(f"{file}: not changed: {error}", highlight=False, soft_wrap=True)
+    else:
+        used = f"{format_bytes(verdict.needed_bytes)} of {format_bytes(verdict.budget)}"
+        screen.print(f"{file}: changed: {len(verdict.tasks)} tasks, {used}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -36,16 +73,16 @@ def _table(task_set: TaskSet, picture: dict[str, Any]) -> Any:
     busy = picture["busy"]
     title = (
         f"{format_seconds(picture['now_us'] / 1e6)}  computing {busy['compute']:.0%}  loading {busy['load']:.0%}  "
-        f"{format_bytes(picture['held_bytes'])} of {format_bytes(task_set.settings.budget)}  "
+        f"{format_bytes(picture['held_bytes'])} of {format_bytes(picture['budget_bytes'])}  "
         + "  ".join(f"{engine}: {what}" for engine, what in picture["doing"].items())
     )
     rows = []
-    for spec in task_set.settings.tasks:
-        told = picture["tasks"].get(spec.name, {})
+    for name in dict.fromkeys([*(spec.name for spec in task_set.settings.tasks), *picture["tasks"]]):
+        told = picture["tasks"].get(name, {})
         least = told.get("slack_us")
         rows.append(
             (
-                spec.name,
+                name,
                 str(told.get("done", 0)),
                 str(told.get("missed", 0)),
                 "" if least is None else format_seconds(least / 1e6),

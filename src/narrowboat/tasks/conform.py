@@ -9,7 +9,7 @@ from typing import Any
 
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.tasks.analysis.model import Arrival
-from narrowboat.tasks.record import JobRecord, Record
+from narrowboat.tasks.record import BEYOND, JobRecord, Record
 
 _SHOWN = 3
 
@@ -86,22 +86,47 @@ class Conformance:
 
 
 def conform(record: Record) -> Conformance:
-    """Replay a record against its own setup."""
+    """Replay a record against its own setup; where tasks changed, each stretch against what was in force."""
+    parts = [_conform(stretch, something=bool(record.jobs)) for stretch in record.stretches()]
+    together = [_together(premises) for premises in zip(*(part.premises for part in parts), strict=True)]
+    return Conformance(
+        (*together, _changes(record)),
+        sum(part.missed for part in parts),
+        sum(part.jobs for part in parts),
+        sum(part.over_bound for part in parts),
+        all(part.admitted for part in parts),
+    )
+
+
+def _together(premises: tuple[Premise, ...]) -> Premise:
+    """One premise over all stretches of a run."""
+    broken = [premise for premise in premises if not premise.holds]
+    said = "; ".join(dict.fromkeys(premise.said for premise in broken or premises if premise.said))
+    return Premise(premises[0].name, not broken, sum(premise.checked for premise in premises), said)
+
+
+def _changes(record: Record) -> Premise:
+    """Changing the tasks took no longer than the new ones could bear."""
+    broken = [
+        (change.allowed - (change.end - change.begin), f"{_time(change.end - change.begin)} at {_time(change.begin)}")
+        for change in record.changes
+        if change.end - change.begin > change.allowed
+    ]
+    return _premise("changes within what the tasks bear", len(record.changes), broken)
+
+
+def _conform(record: Record, *, something: bool) -> Conformance:
+    """A stretch of a run in which ``something`` came, if not in this stretch."""
     replay = _Replay(record)
     guaranteed = {task["name"]: task for task in record.setup["tasks"] if task["guaranteed"]}
-    jobs = [job for job in record.jobs if job.task in guaranteed and job.outcome != "unfinished"]
+    mine = [job for job in record.jobs if job.task in guaranteed and not job.cause.startswith(BEYOND)]
+    jobs = [job for job in mine if job.outcome != "unfinished"]
     late = [job for job in jobs if job.outcome != "done"]
-    overdue = [j for j in record.jobs if j.task in guaranteed and j.outcome == "unfinished" and j.due <= record.end]
-    over = [
-        job
-        for job in jobs
-        if job.response is not None
-        and guaranteed[job.task]["bound_us"] is not None
-        and job.response > guaranteed[job.task]["bound_us"]
-    ]
+    overdue = [job for job in mine if job.outcome == "unfinished" and job.due <= record.end]
+    over = [job for job in jobs if replay.over_bound(job)]
     return Conformance(
         (
-            replay.evidence(),
+            replay.evidence(something=something),
             replay.segments(),
             replay.boundaries(),
             replay.priorities(),
@@ -137,8 +162,34 @@ class _Replay:
         self.parts = sorted(record.segments, key=lambda part: (part.begin, part.end))
         # What decides take; everything else has to be as if they took none.
         self.slack = self.setup["overhead_us"]
+        self.pauses = [(change.begin, change.end) for change in record.changes]
 
-    def evidence(self) -> Premise:
+    def over_bound(self, job: JobRecord) -> bool:
+        """Whether a response exceeds its bound; its deadline, while the work that a change took is made up for."""
+        task = self.tasks[job.task]
+        bound = task["bound_us"]
+        if job.response is None or bound is None:
+            return False
+        if any(begin <= job.release < end for begin, end in self._made_up()):
+            bound = max(bound, task["deadline_us"])
+        return job.response > bound
+
+    def _made_up(self) -> list[tuple[int, int]]:
+        """The busy stretches that began with a change."""
+        if not self.pauses:
+            return []
+        busy = _union([*self.pauses, *self._waiting()])
+        return [span for span in busy if any(span[0] <= begin <= span[1] for begin, _ in self.pauses)]
+
+    def _waiting(self) -> list[tuple[int, int]]:
+        """While each job that ended was there."""
+        return [
+            (job.release, job.finish if job.finish is not None else job.start if job.start is not None else job.due)
+            for job in self.record.jobs
+            if job.outcome in ("done", "late")
+        ]
+
+    def evidence(self, *, something: bool) -> Premise:
         """Something ran, and every job that ended did so by segments that are there."""
         computed = {(p.task, p.job, p.block) for p in self.parts if p.engine == "compute"}
         broken = []
@@ -146,7 +197,7 @@ class _Replay:
             blocks = range(len(self.tasks[job.task]["computes_us"]))
             if job.outcome in ("done", "late") and any((job.task, job.number, b) not in computed for b in blocks):
                 broken.append((0, f"{_name(job)} ended without all of its blocks"))
-        if not self.record.jobs:
+        if not something:
             broken.append((0, "no job was released"))
         return _premise("a record of the jobs", len(self.record.jobs), broken)
 
@@ -228,17 +279,8 @@ class _Replay:
 
     def conserving(self) -> Premise:
         """The engines did not rest while a job was waiting, but for the time of a decision."""
-        busy = _union([(p.begin, p.end) for p in self.parts if p.job >= 0 or p.what == "abort"])
-        waiting = _union(
-            [
-                (
-                    job.release,
-                    job.finish if job.finish is not None else job.start if job.start is not None else job.due,
-                )
-                for job in self.record.jobs
-                if job.outcome in ("done", "late")
-            ]
-        )
+        busy = _union([*self.pauses, *((p.begin, p.end) for p in self.parts if p.job >= 0 or p.what == "abort")])
+        waiting = _union(self._waiting())
         allowed = max(self.slack, 1) + (self.setup["chunk_us"] if self.setup.get("prefetch") else 0)
         broken = [
             (allowed - (end - begin), f"nothing ran for {_time(end - begin)} at {_time(begin)}")
@@ -252,13 +294,17 @@ class _Replay:
         broken = []
         for name, task in self.tasks.items():
             curve = Arrival(task["period_us"], task["jitter_us"])
-            times = sorted(job.release for job in self.record.jobs if job.task == name)
+            times = sorted(job.release for job in self._let_in() if job.task == name)
             ahead = math.ceil(1 + task["jitter_us"] / task["period_us"]) + 1
             for k, first in enumerate(times):
                 for n, later in enumerate(times[k + 1 : k + 1 + ahead], 2):
                     if curve.eta(later - first + 1) < n:
                         broken.append((0, f"{n} jobs of {name} came within {_time(later - first)}"))
         return _premise("arrivals within the contracts", len(self.record.jobs), broken)
+
+    def _let_in(self) -> list[JobRecord]:
+        """Those that were not refused at the door."""
+        return [job for job in self.record.jobs if not job.cause.startswith(BEYOND)]
 
     def memory(self) -> Premise:
         """Never more than the budget."""

@@ -26,7 +26,8 @@ class CostedTask:
         spec: what was asked for.
         units: in order, what is not cut further; with the bytes and load each has when it is not pinned.
         activation_bytes: of one job, workspaces included.
-        fixed_bytes: held all the time beside weights: buffers, bookkeeping.
+        fixed_bytes: held all the time beside weights that could be swapped: buffers, bookkeeping, activations.
+        staying_bytes: of those, weights that cannot be swapped.
         network: what tasks that share weights have in common; empty where nothing is shared.
         pins: the units whose weights stay.
         ends: where blocks end, as places one past their last unit; None for a block per unit.
@@ -41,6 +42,7 @@ class CostedTask:
     network: str = ""
     pins: frozenset[int] = frozenset()
     ends: tuple[int, ...] | None = None
+    staying_bytes: int = 0
     samples: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -20,11 +20,17 @@ def request(settings: TasksSpec, folder: Path, do: str, **more: Any) -> dict[str
 
 
 def measure_tasks(
-    settings: TasksSpec, folder: Path, tell: Callable[[str], None] = lambda said: None
+    settings: TasksSpec, folder: Path, tell: Callable[[str], None] = lambda said: None, *, cached_only: bool = False
 ) -> tuple[list[CostedTask], int, dict[str, Any]]:
     """All tasks with what they cost, the microseconds of a chunk of reading, and what was told.
 
     Worst cases are the largest times measured, times the margin.
+
+    Args:
+        settings: the description.
+        folder: that paths are meant from.
+        tell: called with what takes long, in words.
+        cached_only: measure nothing now; what is not known is refused.
 
     Raises:
         NarrowboatError: a model, its weights or inputs cannot be used, or the process ended.
@@ -35,7 +41,7 @@ def measure_tasks(
     check_inputs(settings, folder)
     models = settings.model_copy(update={"tasks": tuple(task for task in settings.tasks if task.blocks is None)})
     told: dict[str, Any] = {}
-    with Child(request(models, folder, "measure")) as child:
+    with Child(request(models, folder, "measure", cached_only=cached_only)) as child:
         for event in child.events():
             if event["event"] == "progress":
                 tell(event["said"])
@@ -54,7 +60,8 @@ def measure_tasks(
         shared = 0
         every = frozenset(k for k, unit in enumerate(units) if unit.nbytes) if spec.pinned else frozenset()
         samples = np.ceil(np.array(cost["samples"], dtype=float) * settings.margin).astype(np.int64)
-        tasks.append(CostedTask(spec, units, 0, fixed, digest, every, samples=samples))
+        staying = told["fixed"][spec.name] - told["beside"][spec.name]
+        tasks.append(CostedTask(spec, units, 0, fixed, digest, every, staying_bytes=staying, samples=samples))
         chunk = max(chunk, _chunk(cost, told["chunk_bytes"][spec.name], settings.margin))
     return tasks, chunk, told
 

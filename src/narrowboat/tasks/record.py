@@ -10,9 +10,11 @@ from typing import Any
 
 from narrowboat.errors import StorageError, TraceFormatError
 from narrowboat.machine.cache import write_durably
-from narrowboat.tasks.record_check import problem
+from narrowboat.tasks.record_check import problem, problem_of_changes
 
-FORMAT = "narrowboat tasks trace 1"
+FORMAT = "narrowboat tasks trace 2"
+_NEVER = 1 << 62
+BEYOND = "beyond its contract"  # begins the cause of jobs that were not let in
 
 
 @dataclass
@@ -73,6 +75,25 @@ class JobRecord:
 
 
 @dataclass
+class Change:
+    """Other tasks, or another budget, from here on.
+
+    Attributes:
+        begin: when the change began; nothing was under way.
+        end: when the new tasks could go on.
+        setup: what was assumed from then on.
+        allowed: microseconds of extra work that the new tasks can bear, and the change may take.
+        peak_bytes: the kernel's high-water mark before it, over the baseline.
+    """
+
+    begin: int
+    end: int
+    setup: dict[str, Any]
+    allowed: int
+    peak_bytes: int
+
+
+@dataclass
 class Record:
     """A whole run. Times in microseconds from its start (the simulator's: whatever unit it was given).
 
@@ -83,6 +104,7 @@ class Record:
         memory: ``(time, bytes)`` at every change.
         end: when the run ended.
         premises: what the run-time measured beside: page faults, supply gaps, real-time class.
+        changes: of the tasks or the budget, in order.
     """
 
     setup: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +113,31 @@ class Record:
     memory: list[tuple[int, int]] = field(default_factory=list)
     end: int = 0
     premises: dict[str, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+
+    def stretches(self) -> list[Record]:
+        """The run from change to change, each with what was assumed in it; no job reaches over a change."""
+        if not self.changes:
+            return [self]
+        starts = [0, *(change.begin for change in self.changes)]
+        ends = [*(change.begin for change in self.changes), _NEVER]
+        setups = [self.setup, *(change.setup for change in self.changes)]
+        peaks = [*(change.peak_bytes for change in self.changes), self.premises.get("peak_bytes")]
+        found = []
+        for k, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+            premises = self.premises if peaks[k] is None else {**self.premises, "peak_bytes": peaks[k]}
+            found.append(
+                Record(
+                    setups[k],
+                    [job for job in self.jobs if begin <= job.release < end],
+                    [part for part in self.segments if begin <= part.begin < end],
+                    [point for point in self.memory if begin <= point[0] < end],
+                    min(end, self.end),
+                    premises,
+                    self.changes[k - 1 : k] if k else [],
+                )
+            )
+        return found
 
     def responses(self) -> dict[str, list[int]]:
         """Of all jobs that ended, by task."""
@@ -110,6 +157,7 @@ class Record:
             "jobs": [asdict(job) for job in self.jobs],
             "segments": [list(asdict(segment).values()) for segment in self.segments],
             "memory": [list(point) for point in self.memory],
+            "changes": [asdict(change) for change in self.changes],
             "traceEvents": _chrome(self),
         }
 
@@ -130,8 +178,11 @@ class Record:
                 [(when, nbytes) for when, nbytes in told["memory"]],
                 told["end_us"],
                 dict(told["premises"]),
+                [Change(**change) for change in told["changes"]],
             )
-            wrong = problem(found.setup, found.jobs, found.segments, found.memory, found.end)
+            wrong = problem_of_changes(found.changes, found.end)
+            for part in found.stretches() if not wrong else ():
+                wrong = wrong or problem(part.setup, part.jobs, part.segments, part.memory, found.end)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TraceFormatError(f"{where} is no whole trace of tasks: {error!r}") from error
         if wrong:
@@ -186,6 +237,10 @@ def _chrome(record: Record) -> list[dict[str, Any]]:
         )
     for when, nbytes in record.memory:
         events.append({"ph": "C", "pid": 1, "ts": when, "name": "memory", "args": {"bytes": nbytes}})
+    for change in record.changes:
+        events.append(
+            {"ph": "X", "pid": 1, "tid": 2, "ts": change.begin, "dur": change.end - change.begin, "name": "change"}
+        )
     for job in record.jobs:
         if job.outcome not in ("done", "unfinished"):
             when = job.finish if job.finish is not None else job.due

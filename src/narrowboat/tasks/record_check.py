@@ -60,6 +60,19 @@ def problem(setup: Mapping[str, Any], jobs: Any, segments: Any, memory: Any, end
     return ""
 
 
+def problem_of_changes(changes: Any, end: int) -> str:
+    """The same for ``Change`` objects."""
+    last = 0
+    for change in changes:
+        numbers = (change.begin, change.end, change.allowed, change.peak_bytes)
+        if not all(type(number) is int for number in numbers) or not isinstance(change.setup, Mapping):
+            return "a change of tasks that is none"
+        if not last <= change.begin <= change.end <= end:
+            return f"a change of tasks from {change.begin} to {change.end}"
+        last = change.end
+    return ""
+
+
 def _time(value: Any) -> bool:
     """A whole number that is not negative, and no year in which nobody lives."""
     return type(value) is int and 0 <= value <= _LONGEST

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from narrowboat.errors import AdmissionError, UsageError
 from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit
 from narrowboat.tasks.allocate import Allocation, allocate
-from narrowboat.tasks.costed import CostedTask, described, facts_of, prefetches, priorities
+from narrowboat.tasks.costed import CostedTask, arrival_of, described, facts_of, prefetches, priorities
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
@@ -22,7 +21,7 @@ from narrowboat.tasks.spec.schema import TasksSpec
 from narrowboat.tasks.suggest import suggestions
 
 if TYPE_CHECKING:
-    from narrowboat.tasks.execute.client import Child
+    from narrowboat.tasks.live import LiveRun
 
 
 class TaskSet:
@@ -36,6 +35,7 @@ class TaskSet:
         tell: called with what takes long, in words.
         measured: how the models' costs were measured; empty for tasks that are described by blocks.
         chunk: microseconds that a read under way may take to end.
+        measures: whether networks may be measured now; otherwise they have to be known.
     """
 
     def __init__(self, settings: TasksSpec, folder: Path | None = None) -> None:
@@ -44,6 +44,7 @@ class TaskSet:
         self.chunk = DEFAULT_CHUNK
         self.tell: Callable[[str], None] = lambda said: None
         self.measured: dict[str, Any] = {}
+        self.measures = True
         self._costed: list[CostedTask] | None = None
         self._allocation: Allocation | None = None
         self._verdict: Verdict | None = None
@@ -78,7 +79,9 @@ class TaskSet:
             if models:
                 from narrowboat.tasks.measure import measure_tasks
 
-                self._costed, self.chunk, self.measured = measure_tasks(self.settings, self.folder, self.tell)
+                self._costed, self.chunk, self.measured = measure_tasks(
+                    self.settings, self.folder, self.tell, cached_only=not self.measures
+                )
                 if not self.settings.overhead:  # unsaid: as measured
                     overhead = max(cost["overhead_us"] for cost in self.measured["costs"].values())
                     self.settings = self.settings.model_copy(update={"overhead": overhead})
@@ -144,20 +147,47 @@ class TaskSet:
         if not seconds > 0:
             raise UsageError(f"cannot simulate {seconds} seconds")
         facts = self.facts()
-        fixed = sum(task.fixed_bytes for task in self.costed)
-        pinned = admit(self.allocation.tasks, self.settings, self.chunk).memory.pinned
+        always = self.settings.budget - self.pool_bytes
         run = Simulation(
             self.policy(),
             costs or WorstCosts(),
             chunk=self.chunk,
-            budget=self.settings.budget - pinned - fixed,
+            budget=self.pool_bytes,
             overhead=self.settings.overhead,
         )
         offsets = [task.offset for task in self.settings.tasks]
         record = run.run(periodic(facts, round(seconds * 1e6), offsets))
-        record.memory = [(when, nbytes + pinned + fixed) for when, nbytes in record.memory]
+        record.memory = [(when, nbytes + always) for when, nbytes in record.memory]
         record.setup = self.setup(facts)
         return record
+
+    def start(
+        self,
+        seconds: float | None = None,
+        *,
+        on_tick: Callable[[dict[str, Any]], None] = lambda picture: None,
+        admitted_only: bool = True,
+    ) -> LiveRun:
+        """Begin to run the tasks for real, in a process of their own; they can be changed while they run.
+
+        Args:
+            seconds: for how long jobs are released; None until it is stopped.
+            on_tick: called about ten times a second with a picture of now, in another thread.
+            admitted_only: refuse a set that is not admitted.
+
+        Raises:
+            AdmissionError: the set is refused.
+            ExecutorError: the process ended by itself.
+            NarrowboatError: a model, weights or inputs cannot be used.
+        """
+        from narrowboat.tasks.live import LiveRun
+
+        if seconds is not None and not seconds > 0:
+            raise UsageError(f"cannot run for {seconds} seconds")
+        verdict = self.require_runnable(admitted_only=admitted_only)
+        if verdict.needed_bytes > self.settings.budget:
+            raise AdmissionError("; ".join(verdict.reasons), verdict)
+        return LiveRun(self, seconds, on_tick)
 
     def run(
         self,
@@ -166,68 +196,67 @@ class TaskSet:
         on_tick: Callable[[dict[str, Any]], None] = lambda picture: None,
         admitted_only: bool = True,
     ) -> Record:
-        """Run the tasks for real, in a process of their own.
+        """The same to its end; Ctrl-C ends it early. See :meth:`start`."""
+        with self.start(seconds, on_tick=on_tick, admitted_only=admitted_only) as live:
+            try:
+                return live.wait()
+            except KeyboardInterrupt:
+                live.stop()
+                return live.wait()
 
-        Args:
-            seconds: for how long jobs are released; None until Ctrl-C.
-            on_tick: called about ten times a second with a picture of now.
-            admitted_only: refuse a set that is not admitted.
+    def require_runnable(self, *, admitted_only: bool = True) -> Verdict:
+        """The verdict on a set of models.
 
         Raises:
+            UsageError: some tasks are no models.
             AdmissionError: the set is refused.
-            ExecutorError: the process ended by itself.
-            NarrowboatError: a model, weights or inputs cannot be used.
         """
-        from narrowboat.tasks.execute.client import Child
-        from narrowboat.tasks.measure import request
-
-        if seconds is not None and not seconds > 0:
-            raise UsageError(f"cannot run for {seconds} seconds")
         described_only = [task.name for task in self.settings.tasks if task.blocks is not None]
         if described_only:
             raise UsageError(
                 f"{', '.join(described_only)}: described by blocks, without a model; simulate the set, or name models"
             )
-        verdict = self.require() if admitted_only else self.admit()
-        if verdict.needed_bytes > self.settings.budget:
-            raise AdmissionError("; ".join(verdict.reasons), verdict)
-        facts = self.facts()
-        fixed = sum(task.fixed_bytes for task in self.costed)
-        by_task = {
-            task.name: {
-                "facts": asdict(told),
-                "ends": list(task.ends if task.ends is not None else range(1, len(task.units) + 1)),
-                "pins": sorted(task.pins),
-            }
-            for task, told in zip(self.allocation.tasks, facts, strict=True)
-        }
-        with tempfile.TemporaryDirectory(prefix="narrowboat-") as folder:
-            path = Path(folder) / "record.json"
-            asked = request(
-                self.settings,
-                self.folder,
-                "run",
-                tasks=by_task,
-                pool_bytes=self.settings.budget - verdict.memory.pinned - fixed,
-                prefetch=prefetches(self.settings, self.costed),
-                seconds=seconds,
-                record=str(path),
-                setup=self.setup(facts),
-            )
-            with Child(asked) as child:
-                try:
-                    self._follow(child, on_tick)
-                except KeyboardInterrupt:
-                    child.tell({"do": "stop"})
-                    self._follow(child, on_tick)
-            return Record.load(path)
+        return self.require() if admitted_only else self.admit()
 
-    def _follow(self, child: Child, on_tick: Callable[[dict[str, Any]], None]) -> None:
-        for event in child.events():
-            if event["event"] == "progress":
-                self.tell(event["said"])
-            elif event["event"] == "tick":
-                on_tick(event)
+    def arrangement(self) -> dict[str, Any]:
+        """What the executor is told of blocks, pins and memory."""
+        facts = self.facts()
+        return {
+            "tasks": {
+                task.name: {
+                    "facts": asdict(told),
+                    "ends": list(task.ends if task.ends is not None else range(1, len(task.units) + 1)),
+                    "pins": sorted(task.pins),
+                }
+                for task, told in zip(self.allocation.tasks, facts, strict=True)
+            },
+            "pool_bytes": self.pool_bytes,
+            "prefetch": prefetches(self.settings, self.costed),
+            "setup": self.setup(facts),
+        }
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of the budget, for blocks that come and go."""
+        fixed = sum(task.fixed_bytes for task in self.costed)
+        return self.settings.budget - self.admit().memory.pinned - fixed
+
+    def with_settings(self, settings: TasksSpec, tasks: Sequence[CostedTask] | None = None) -> TaskSet:
+        """The same networks under another description; nothing is measured again.
+
+        Args:
+            settings: the description; its tasks run networks of this set.
+            tasks: with their blocks and pins as they are to be; None to allocate anew.
+        """
+        made = TaskSet(settings, self.folder)
+        made.tell, made.chunk, made.measured = self.tell, self.chunk, self.measured
+        by_name = {task.name: task for task in (tasks if tasks is not None else self.costed)}
+        costed = [replace(by_name[spec.name], spec=spec) for spec in settings.tasks]
+        made._costed = costed
+        if tasks is not None:
+            shares = {task.name: task.pinned_bytes + task.fixed_bytes for task in costed}
+            made._allocation = Allocation("as before", tuple(costed), shares)
+        return made
 
     def setup(self, facts: list[TaskFacts]) -> dict[str, Any]:
         """What a run assumes, for its record."""
@@ -250,7 +279,7 @@ class TaskSet:
                     "guaranteed": task.guaranteed,
                     "deadline_us": task.deadline,
                     "period_us": task.period,
-                    "jitter_us": self._jitter(k),
+                    "jitter_us": arrival_of(self.settings.tasks[k]).jitter,
                     "loads_us": list(task.loads),
                     "computes_us": list(task.computes),
                     "nbytes": list(task.nbytes),
@@ -260,7 +289,3 @@ class TaskSet:
                 for k, task in enumerate(facts)
             ],
         }
-
-    def _jitter(self, place: int) -> int:
-        spec = self.settings.tasks[place]
-        return spec.jitter if spec.contract is None else (spec.contract.burst - 1) * spec.contract.period

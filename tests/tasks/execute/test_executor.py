@@ -16,7 +16,7 @@ from narrowboat.errors import ModelError
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import InputsEndedError, Source
 from narrowboat.tasks.execute.model import TaskModel, form_units
-from narrowboat.tasks.execute.running import Running
+from narrowboat.tasks.execute.running import OnEnd, Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy import order
@@ -73,6 +73,10 @@ def run(tasks: list[Running], pool: PagePool, *, preempt: bool = True, prefetch:
     return executor.run(20, jobs=3) if all(task.closed_loop for task in tasks) else executor.run(1.0)
 
 
+def into(outputs: list[Any]) -> OnEnd:
+    return lambda told, output: outputs.append(output)
+
+
 def plain(nets: Path, name: str, x: torch.Tensor) -> torch.Tensor:
     import tasks_test_nets  # type: ignore[import-not-found]
 
@@ -91,7 +95,7 @@ def test_outputs_have_plain_pytorchs_bits_in_a_pool_of_two_blocks(
     with opened(nets, "deep") as (model,):
         assert len(model.units) == 6
         pool = PagePool(2 * max(unit.nbytes for unit in model.units))
-        task = running(model, pool, "deep", 0, pins=pins, closed_loop=True, on_output=outputs.append)
+        task = running(model, pool, "deep", 0, pins=pins, closed_loop=True, on_end=into(outputs))
         record = run([task], pool, prefetch=prefetch)
     assert [job.outcome for job in record.jobs] == ["done"] * 3
     wanted = plain(nets, "deep", torch.ones(1, 256))
@@ -104,7 +108,7 @@ def test_tasks_in_turn_have_their_own_bits(nets: Path) -> None:
     with opened(nets, "deep", "other") as models:
         pool = PagePool(4 * max(unit.nbytes for model in models for unit in model.units))
         tasks = [
-            running(model, pool, name, k, period=[90_000, 40_000][k], on_output=outputs[name].append)
+            running(model, pool, name, k, period=[90_000, 40_000][k], on_end=into(outputs[name]))
             for k, (model, name) in enumerate(zip(models, outputs, strict=True))
         ]
         record = run(tasks, pool)
@@ -118,8 +122,8 @@ def test_two_tasks_share_one_network_and_preempt_each_other_in_it(nets: Path) ->
     outputs: list[torch.Tensor] = []
     with opened(nets, "deep") as (model,):
         pool = PagePool(4 * max(unit.nbytes for unit in model.units))
-        slow = running(model, pool, "slow", 0, period=100_000, on_output=outputs.append)
-        quick = running(model, pool, "quick", 1, period=7_000, on_output=outputs.append)
+        slow = running(model, pool, "slow", 0, period=100_000, on_end=into(outputs))
+        quick = running(model, pool, "quick", 1, period=7_000, on_end=into(outputs))
         record = run([slow, quick], pool)
     wanted = plain(nets, "deep", torch.ones(1, 256))
     assert len(outputs) > 20 and all(torch.equal(output, wanted) for output in outputs)
@@ -202,7 +206,7 @@ def test_a_pool_of_one_block_goes_on_one_after_the_other(nets: Path) -> None:
     outputs: list[torch.Tensor] = []
     with opened(nets, "deep") as (model,):
         pool = PagePool(max(unit.nbytes for unit in model.units))
-        record = run([running(model, pool, "deep", 0, closed_loop=True, on_output=outputs.append)], pool)
+        record = run([running(model, pool, "deep", 0, closed_loop=True, on_end=into(outputs))], pool)
     assert [job.outcome for job in record.jobs] == ["done"] * 3
     assert all(torch.equal(output, plain(nets, "deep", torch.ones(1, 256))) for output in outputs)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from narrowboat.arena.pool import PagePool
-from narrowboat.errors import ModelError
+from narrowboat.errors import AdmissionError, ModelError
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.malloc import trim
 from narrowboat.tasks.analysis.memory import largest_pair
@@ -37,9 +37,13 @@ _ELSEWHERE = 64 << 20  # bytes that are touched between two jobs, more than cach
 CONDITION = "blocks computed while the next is read, caches and heap cold at each job's start; one thread per operator"
 
 
-def measure(told: dict[str, Any], folder: Path, pipe: Pipe) -> dict[str, Any]:
-    """Costs of all networks, from the cache where it has them."""
-    settings = tasks_from(told)
+def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
+    """Costs of all networks, from the cache where it has them.
+
+    Raises:
+        AdmissionError: one is not there, and the request says that nothing may be measured now.
+    """
+    settings, folder = tasks_from(request["settings"]), Path(request["folder"])
     loaded = Loaded(settings, folder, lambda said: pipe.tell("progress", said=said))
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.of.items():
@@ -48,6 +52,11 @@ def measure(told: dict[str, Any], folder: Path, pipe: Pipe) -> dict[str, Any]:
             continue
         path = cache_folder() / "tasks" / f"{digest}.json"
         kept = _kept(path, digest)
+        if kept is None and request.get("cached_only"):
+            raise AdmissionError(
+                f"what {name} costs is not known, and measuring would disturb the tasks that run: "
+                "run `narrowboat tasks check` on the new description first, or stop the run"
+            )
         if kept is None:
             pipe.tell("progress", said=f"measuring {name}")
             kept = {"format": FORMAT, "digest": digest, **_measure(model, settings.calibration / 1e6)}
@@ -59,6 +68,7 @@ def measure(told: dict[str, Any], folder: Path, pipe: Pipe) -> dict[str, Any]:
     return {
         "digests": loaded.digests,
         "costs": costs,
+        "beside": {name: model.fixed_bytes for name, model in loaded.of.items()},
         "fixed": {name: model.fixed_bytes + model.staying_bytes for name, model in loaded.of.items()},
         "activations": {name: activation_bytes(model) for name, model in loaded.of.items()},
         "allocator": allocator_bytes(loaded.models),
@@ -107,7 +117,7 @@ def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
     kept = undisturbed([after - before for before, after in pairwise(stolen)])
     record.segments = [part for part in record.segments if part.job in kept]
     record.jobs = [job for job in record.jobs if job.number in kept]
-    return {"disturbed": jobs - len(kept), **_summary(record, sizes, len(kept), executor.overheads)}
+    return {"disturbed": jobs - len(kept), **_summary(record, sizes, len(kept), executor.account.overheads)}
 
 
 def undisturbed(stolen: Sequence[int]) -> set[int]:

@@ -5,30 +5,25 @@ Apart from the process that asks, because a busy thread beside it would hold the
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import threading
-from pathlib import Path
 from typing import Any
 
 from narrowboat.machine.openmp import apply_openmp_policy
+from narrowboat.tasks.execute.lines import Lines
 
 
 class Pipe:
     """Lines to whoever started this process."""
 
     def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
-        self._lock = threading.Lock()
+        self._lines = Lines(os.fdopen(descriptor, "wb"))
 
-    def tell(self, what: str, **told: Any) -> None:
+    def tell(self, what: str, payload: bytes = b"", **told: Any) -> None:
         """One line; if nobody reads any more there is nothing to run for."""
         try:
-            with self._lock:
-                self._file.write(json.dumps({"event": what, **told}) + "\n")
-                self._file.flush()
+            self._lines.write({"event": what, **told}, payload)
         except (BrokenPipeError, ValueError):
             os._exit(1)
 
@@ -36,7 +31,7 @@ class Pipe:
 def main() -> None:
     """Serve one request."""
     pipe = Pipe(int(sys.argv[1]))
-    request = json.loads(sys.stdin.buffer.readline())
+    request, _ = next(Lines(sys.stdin.buffer).read())
     os.environ["OMP_NUM_THREADS"] = "1"
     apply_openmp_policy()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent says what to do
@@ -49,7 +44,7 @@ def main() -> None:
         if request["do"] == "measure":
             from narrowboat.tasks.execute.calibrate import measure
 
-            pipe.tell("measured", **measure(request["settings"], Path(request["folder"]), pipe))
+            pipe.tell("measured", **measure(request, pipe))
         else:
             from narrowboat.tasks.execute.start import run
 

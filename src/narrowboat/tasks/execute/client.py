@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +13,7 @@ from typing import Any
 
 from narrowboat import errors
 from narrowboat.errors import ExecutorError, NarrowboatError
+from narrowboat.tasks.execute.lines import Lines
 
 
 class Child:
@@ -41,37 +42,29 @@ class Child:
             raise ExecutorError(f"the executor could not be started: {error.strerror}") from error
         finally:
             os.close(writing)
-        self._lines = os.fdopen(reading, encoding="utf-8")
+        assert self.process.stdin is not None
+        self._lines, self._stdin = Lines(os.fdopen(reading, "rb")), Lines(self.process.stdin)
         self.tell(request)
 
-    def tell(self, told: dict[str, Any]) -> None:
+    def tell(self, told: dict[str, Any], payload: bytes = b"") -> None:
         """One line to its stdin."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(told).encode() + b"\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended; whoever listens hears why
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; whoever listens hears why
+            self._stdin.write(told, payload)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends.
+        """What it says, until it ends; bytes that came with it as ``payload``.
 
         Raises:
             ExecutorError: it ended by itself, without saying that it is done.
             NarrowboatError: what went wrong there.
         """
         finished = False
-        for line in self._lines:
-            told = json.loads(line)
+        for told, payload in self._lines.read():
             if told["event"] == "error":
                 self.process.wait()
-                kind = getattr(errors, told["type"], NarrowboatError)
-                try:
-                    raise kind(told["message"])
-                except TypeError:  # an error that takes more than a message
-                    raise NarrowboatError(told["message"]) from None
+                raise error_told(told)
             finished = finished or told["event"] in ("measured", "done")
-            yield told
+            yield {**told, "payload": payload} if payload else told
         code = self.process.wait()
         if not finished:
             raise ExecutorError(f"the executor {_how(code)}; {self._said()}")
@@ -86,8 +79,8 @@ class Child:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
         self._lines.close()
         self._errors.close()
 
@@ -96,6 +89,17 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def error_told(told: dict[str, Any]) -> NarrowboatError:
+    """An error of the other process."""
+    kind = getattr(errors, told["type"], NarrowboatError)
+    try:
+        made = kind(told["message"])
+    except TypeError:  # an error that takes more than a message
+        made = NarrowboatError(told["message"])
+    assert isinstance(made, NarrowboatError)
+    return made
 
 
 def _how(code: int) -> str:

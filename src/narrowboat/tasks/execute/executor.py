@@ -13,21 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrowboat.errors import BudgetError, NarrowboatError
-from narrowboat.machine.malloc import trim
-from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.tasks.execute import realtime
-from narrowboat.tasks.execute.figures import major_faults, spread
+from narrowboat.tasks.execute.account import Account
+from narrowboat.tasks.execute.arrangement import Arrangement, Switch
+from narrowboat.tasks.execute.arrivals import Arrivals
+from narrowboat.tasks.execute.figures import major_faults
 from narrowboat.tasks.execute.gate import JobEnded
-from narrowboat.tasks.execute.inputs import InputsEndedError
 from narrowboat.tasks.execute.loader import Loader, Order
-from narrowboat.tasks.execute.running import Running
+from narrowboat.tasks.execute.running import OnEnd, Running, Underway
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.execute.worker import Worker
 from narrowboat.tasks.job import Job, TaskFacts
 from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View, held_bytes
-from narrowboat.tasks.record import JobRecord, Record, Segment
+from narrowboat.tasks.record import Record
 
-_CHANGE = 1 << 16  # bytes by which memory changes before that is written down
 _GRACE = 5.0  # seconds that jobs under way at the end may take
 
 
@@ -57,16 +56,14 @@ class Executor:
         on_tick: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.tasks, self.policy, self.space = list(tasks), policy, space
-        self.budget, self.baseline = budget, baseline
+        self.account = Account(budget, baseline)
         self.granted = realtime.RealTime()
-        self.record = Record()
         self.stop_requested = False
         self._cores = realtime.cores(compute_core, load_core)
         self._on_tick = on_tick
-        self._by_name = {task.facts.name: task for task in self.tasks}
         self._view = View(0)
-        self._of: dict[Job, JobRecord] = {}
-        self._inputs: dict[Job, tuple[Any, ...]] = {}
+        self._under: dict[Job, Underway] = {}
+        self._arrivals = Arrivals(self.tasks, self._view.pending, self._under, self.account)
         self._began: dict[Engine, int] = {}
         self._order: Order | None = None
         self._failure: BaseException | None = None
@@ -75,14 +72,8 @@ class Executor:
         self._idle_since = 0
         self._ran: Job | None = None
         self._retried: tuple[Job | None, int] | None = None
-        self._tally: dict[str, dict[str, int]] = {task.facts.name: {"done": 0, "missed": 0} for task in tasks}
-        self._busy_time = {engine.value: 0 for engine in Engine}
-        self._spent: dict[Job, int] = {}
         self._last_tick = 0
-        self._memory = 0
-        self.overheads: list[int] = []
-        self.late_wakes: list[int] = []
-        self.overruns: list[dict[str, Any]] = []
+        self._switch: Switch | None = None
 
     # -- reports, from other threads -------------------------------------------------------------------
 
@@ -97,7 +88,7 @@ class Executor:
                     handle()
                     self._view.now = self._now()
                     self._decide()
-                    self._look()  # what follows has been started: this delays nobody's boundary
+                    self.account.look(self._now())  # what follows has been started: this delays nobody's boundary
                 except BaseException as error:
                     self._failure = error
             if self._failure is not None or not self._view.pending:
@@ -111,10 +102,7 @@ class Executor:
     def finished(self, worker: Worker, job: Job, output: Any, error: BaseException | None) -> None:
         """A job has come to its end."""
         when = self._now()
-        self._report(lambda: self._after_compute(job, when, error))
-        task = self._by_name[worker.name.removeprefix("narrowboat-")]
-        if error is None and task.on_output is not None:
-            task.on_output(output)
+        self._report(lambda: self._after_compute(job, when, error, output))
 
     def _loaded(self, order: Order) -> None:
         when = self._now()
@@ -132,11 +120,7 @@ class Executor:
         loader = self._loader = Loader(self.space, self._enter(realtime.LOAD, self._cores[1]), self._loaded)
         loader.start()
         for task in self.tasks:
-            for thread in task.model.reader.threads():
-                realtime.move(self.granted, thread, realtime.LOAD, self._cores[1])
-            enter = self._enter(realtime.COMPUTE, self._cores[0])
-            task.worker = Worker(task.facts.name, task.model, enter, self)
-            task.worker.start()
+            self._start_worker(task)
         self._enter(realtime.DISPATCH, self._cores[1])()
         realtime.freeze()
         majors = major_faults()
@@ -146,14 +130,26 @@ class Executor:
         try:
             self._loop(until, jobs)
         finally:
-            self.record.end = self._now()
+            record = self.account.record
+            record.end = self._now()
             self._shut(loader)
             realtime.thaw()
             realtime.leave()
-        self.record.jobs.sort(key=lambda job: (job.release, job.task))
-        stepped = abs((time.time() - wall) - self.record.end / 1e6)
-        self.record.premises = self._premises(major_faults() - majors, stepped)
-        return self.record
+        record.jobs.sort(key=lambda job: (job.release, job.task))
+        record.premises = self.account.premises(
+            real_time=self.granted.as_json(),
+            pool_locked=self.space.pool.locked,
+            major_faults=major_faults() - majors,
+            clock_step_s=round(abs((time.time() - wall) - record.end / 1e6), 3),
+            blocks_found_in_memory=self.space.hits,
+        )
+        return record
+
+    def _start_worker(self, task: Running) -> None:
+        for thread in task.model.reader.threads():
+            realtime.move(self.granted, thread, realtime.LOAD, self._cores[1])
+        task.worker = Worker(task.facts.name, task.model, self._enter(realtime.COMPUTE, self._cores[0]), self)
+        task.worker.start()
 
     def _enter(self, priority: int, core: int | None) -> Callable[[], None]:
         return lambda: realtime.enter(self.granted, priority, core)
@@ -164,14 +160,16 @@ class Executor:
                 self._view.now = now = self._now()
                 closing = self.stop_requested or (until is not None and now >= until)
                 if not closing:
-                    self._release(now, until, jobs)
-                upcoming = self._upcoming(until, jobs) if not closing else None
-                done = closing or upcoming is None
+                    self._arrivals.release(now, until, jobs)
+                upcoming = self._arrivals.upcoming(until, jobs) if not closing else None
+                done = closing or (upcoming is None and self._switch is None and not self._arrivals.open)
                 if done and not self._view.pending and not self._busy():
                     return
+                if self._switch is not None and self._change(self._switch, now):
+                    continue
                 if done and until is not None and now >= until + _GRACE * 1e6:
                     return
-                self._view.upcoming = upcoming.facts if upcoming is not None else None
+                self._view.upcoming = upcoming.facts if upcoming is not None and self._switch is None else None
                 self._expire(now)
                 self._decide()
                 self._tick(now)
@@ -187,80 +185,37 @@ class Executor:
     def _busy(self) -> bool:
         return any(action.do is not Do.PREFETCH for action in self._view.doing.values())
 
-    def _upcoming(self, until: int | None, jobs: int | None) -> Running | None:
-        coming = [
-            task
-            for task in self.tasks
-            if not task.ended
-            and (jobs is None or task.released < jobs)
-            and (until is None or task.closed_loop or task.next_release < until)
-        ]
-        return min(coming, key=lambda task: task.next_release, default=None)
-
     # -- jobs ------------------------------------------------------------------------------------------
 
-    def _release(self, now: int, until: int | None, jobs: int | None) -> None:
-        for task in self.tasks:
-            while not task.ended and self._due(task, now):
-                if jobs is not None and task.released >= jobs:
-                    break
-                if not task.closed_loop and until is not None and task.next_release >= until:
-                    break
-                when, number = now if task.closed_loop else task.next_release, task.released
-                task.released += 1
-                self.late_wakes.append(now - when)
-                job = Job(task.facts, number, when)
-                told = JobRecord(task.facts.name, number, when, job.due)
-                self.record.jobs.append(told)
-                waiting = sum(other.task is task.facts for other in self._view.pending)
-                if waiting >= task.burst:
-                    told.outcome, told.cause = "skipped", "the job before is still under way"
-                    self._tally[told.task]["missed"] += 1
-                    continue
-                try:
-                    inputs = task.source.take()
-                except InputsEndedError:
-                    task.ended = True
-                    self.record.jobs.pop()
-                    break
-                except NarrowboatError as error:
-                    told.outcome, told.cause = "skipped", str(error)
-                    task.ended = True
-                    continue
-                if inputs is None:
-                    told.outcome, told.cause = "skipped", "no input has come"
-                    continue
-                self._of[job], self._inputs[job], self._spent[job] = told, inputs, 0
-                self._view.pending.append(job)
+    def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd) -> None:
+        """From any thread: an input has come for a task with a queue.
 
-    def _due(self, task: Running, now: int) -> bool:
-        if task.closed_loop:
-            return all(job.task is not task.facts for job in self._view.pending)
-        return task.next_release <= now
+        Args:
+            name: of the task.
+            inputs: positional arguments of one pass.
+            then: is told how it ended, here or later.
+        """
+        with self._wake:
+            self._view.now = self._now()
+            if self._arrivals.offer(name, inputs, then, self._view.now):
+                self._decide()
 
     def _expire(self, now: int) -> None:
         """A job that has not begun by its deadline is dropped: it would only make others late."""
         for job in [job for job in self._view.pending if job.started is None and now >= job.due]:
             self._end(job, now, "skipped", "its deadline had passed before it began")
 
-    def _end(self, job: Job, now: int, outcome: str, cause: str) -> None:
+    def _end(self, job: Job, now: int, outcome: str, cause: str, output: Any = None) -> None:
         self._view.pending.remove(job)
-        told = self._of.pop(job)
-        self._inputs.pop(job), self._spent.pop(job)
-        told.outcome, told.cause = outcome, cause
-        self._count(told, outcome, now)
+        under = self._under.pop(job)
+        self.account.ended(under.told, now, outcome, cause)
         for block in range(job.computed, job.loaded):
             self._let_go(job.task, block)
-
-    def _count(self, told: JobRecord, outcome: str, now: int) -> None:
-        tally = self._tally[told.task]
-        tally["done" if outcome == "done" else "missed"] += 1
-        if outcome in ("done", "late"):
-            told.finish = now
-            tally["slack_us"] = min(tally.get("slack_us", told.due - now), told.due - now)
+        if under.then is not None:
+            under.then(under.told, output)
 
     def _let_go(self, task: TaskFacts, block: int) -> None:
-        place = self._by_name[task.name].model.places[block]
+        place = self._arrivals.by_name[task.name].model.places[block]
         if place is not None:
             self._loader.let_go(place)
 
@@ -292,7 +247,7 @@ class Executor:
             self._use_prefetched(action)
         engine = action.do.engine
         view.doing[engine], self._began[engine] = action, now
-        task = self._by_name[action.task.name]
+        task = self._arrivals.by_name[action.task.name]
         if engine is Engine.LOAD:
             self._order = Order(task.model, action.block)
             if action.job is not None:
@@ -302,11 +257,11 @@ class Executor:
         job = action.job
         assert job is not None and task.worker is not None
         if self._idle_since:
-            self.overheads.append(now - self._idle_since)
+            self.account.overheads.append(now - self._idle_since)
             self._idle_since = 0
         self._begin(job, now)
         job.loaded = max(job.loaded, action.block + 1)
-        task.worker.compute(job, action.block, self._inputs[job])
+        task.worker.compute(job, action.block, self._under[job].inputs)
 
     def _use_prefetched(self, action: Action) -> None:
         """At a boundary: what was loaded ahead is this job's, or nobody's."""
@@ -319,10 +274,10 @@ class Executor:
 
     def _begin(self, job: Job, now: int) -> None:
         if job.started is None:
-            job.started = self._of[job].start = now
+            job.started = self._under[job].told.start = now
         ran = self._ran
-        if ran is not None and ran is not job and ran in self._of and not ran.finished:
-            self._of[ran].preemptions += 1
+        if ran is not None and ran is not job and ran in self._under and not ran.finished:
+            self._under[ran].told.preemptions += 1
         self._ran = job
 
     # -- what has ended --------------------------------------------------------------------------------
@@ -332,34 +287,34 @@ class Executor:
         action = view.doing.pop(Engine.LOAD)
         begin, job = self._began.pop(Engine.LOAD), action.job
         what = "abort" if order.given_up else action.do.value
-        self._segment(Engine.LOAD, what, action, begin, when)
+        self.account.segment(Engine.LOAD, what, action, begin, when)
         self._order = None
         if order.given_up:
             pass
         elif order.error is not None:
             again = isinstance(order.error, BudgetError) and self._retried != (job, action.block)
             self._retried = (job, action.block)
-            if job is not None and job in self._of and not again:  # room may have come while it failed
+            if job is not None and job in self._under and not again:  # room may have come while it failed
                 self._fail(job, when, f"loading failed: {order.error}")
         elif action.do is Do.PREFETCH:
             view.prefetched = action.task
-        elif job is not None and job in self._of:
+        elif job is not None and job in self._under:
             job.loaded = max(job.loaded, action.block + 1)
             self._over(job, "load", action.block, when - begin, action.task.loads[action.block])
         else:
             self._let_go(action.task, action.block)  # its job ended meanwhile
         self._boundary(when)
 
-    def _after_compute(self, finished: Job | None, when: int, error: BaseException | None) -> None:
+    def _after_compute(self, finished: Job | None, when: int, error: BaseException | None, output: Any = None) -> None:
         """A block is done; ``finished`` is its job if that has come to its end."""
         action = self._view.doing.get(Engine.COMPUTE)
         if action is None or action.job is None or (finished is not None and action.job is not finished):
             return  # a job that was ended at a boundary has gone
         del self._view.doing[Engine.COMPUTE]
         begin, job = self._began.pop(Engine.COMPUTE), action.job
-        self._segment(Engine.COMPUTE, action.do.value, action, begin, when)
+        self.account.segment(Engine.COMPUTE, action.do.value, action, begin, when)
         self.policy.ended(action, when)
-        self._spent[job] += when - begin
+        self._under[job].spent += when - begin
         if error is not None:
             cause = "it was ended" if isinstance(error, JobEnded) else f"{type(error).__name__}: {error}"
             self._end(job, when, "failed", " ".join(cause.split())[:300])
@@ -369,41 +324,35 @@ class Executor:
             self._over(job, "compute", action.block, when - begin, job.task.computes[action.block])
             if finished is not None:
                 late = when > job.due
-                self._end(job, when, "late" if late else "done", "over its deadline" if late else "")
+                self._end(job, when, "late" if late else "done", "over its deadline" if late else "", output)
         self._boundary(when)
 
     def _boundary(self, when: int) -> None:
         if not self._view.doing and self._view.pending:
             self._idle_since = when
 
-    def _segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
-        number = action.job.number if action.job is not None else -1
-        self._busy_time[engine.value] += end - begin
-        self.record.segments.append(Segment(engine.value, what, action.task.name, number, action.block, begin, end))
-
     def _over(self, job: Job, engine: str, block: int, took: int, allowed: int) -> None:
         """A segment over its budget voids the analysis; what becomes of the job is the task's own choice."""
         if took <= allowed:
             return
-        told = {"task": job.task.name, "job": job.number, "engine": engine, "block": block}
-        self.overruns.append({**told, "took_us": took, "budget_us": allowed})
-        task = self._by_name[job.task.name]
+        self.account.overrun(job.task.name, job.number, engine, block, took, allowed)
+        task = self._arrivals.by_name[job.task.name]
         computing = self._view.doing.get(Engine.COMPUTE)
-        if self._spent[job] <= task.budget or job.finished or (computing is not None and computing.job is job):
+        if self._under[job].spent <= task.budget or job.finished or (computing is not None and computing.job is job):
             return  # in the middle of a block nothing is ended; its own end asks again
         if task.overrun == "degrade":
             job.degraded = True
-        elif task.overrun == "abort" and job in self._of:
+        elif task.overrun == "abort" and job in self._under:
             self._abort(job, "over its budget")
 
     def _abort(self, job: Job, cause: str) -> None:
-        worker = self._by_name[job.task.name].worker
+        worker = self._arrivals.by_name[job.task.name].worker
         if worker is not None and job.computed:
             worker.end_job()
         self._end(job, self._now(), "aborted", cause)
 
     def _fail(self, job: Job, when: int, cause: str) -> None:
-        worker = self._by_name[job.task.name].worker
+        worker = self._arrivals.by_name[job.task.name].worker
         computing = self._view.doing.get(Engine.COMPUTE)
         if computing is not None and computing.job is job:
             return  # the block under way ends first; the next one will be asked for again
@@ -411,53 +360,80 @@ class Executor:
             worker.end_job()
         self._end(job, when, "failed", " ".join(cause.split())[:300])
 
-    # -- memory ----------------------------------------------------------------------------------------
+    # -- other tasks, another budget -------------------------------------------------------------------
 
-    def _look(self) -> None:
-        held = resident_bytes() - self.baseline
-        if held > self.budget:
-            trim(refill=False)
-            held = resident_bytes() - self.baseline
-        if abs(held - self._memory) >= _CHANGE:
-            self._memory = held
-            self.record.memory.append((self._now(), held))
+    def request(self, switch: Switch) -> None:
+        """From another thread: at the next moment in which nothing is under way, go on with another arrangement."""
+        with self._wake:
+            switch.give_up_at = self._now() + switch.patience
+            self._switch, self._arrivals.holding = switch, True
+            self._wake.notify()
+
+    def resize_pool(self, nbytes: int) -> None:
+        """From another thread: lend no more than so many bytes to blocks from now on.
+
+        Raises:
+            StorageError: more is in use now.
+        """
+
+        def resize() -> None:
+            self.space.forget()
+            self.space.pool.resize(nbytes)
+
+        self._loader.do(resize)
+
+    def _change(self, switch: Switch, now: int) -> bool:
+        """Change if nothing is under way; True if something was done about it.
+
+        In an idle instant nothing is left of the old tasks' demand, so that each set's analysis holds on its side
+        (the idle-time protocol: Tindell, Alonso, 1992). What it takes is work that the new set has to bear.
+        """
+        if now >= switch.give_up_at:
+            self._switch, self._arrivals.holding = None, False
+            switch.done("there was no moment without work in which the tasks could be changed")
+            return True
+        if self._view.pending or self._view.doing:
+            return False
+        if self._view.prefetched is not None:
+            self._let_go(self._view.prefetched, 0)
+            self._view.prefetched = None
+        self._loader.do(lambda: None)  # it is the only one that touches the space, but for now
+        self._switch, self._arrivals.holding, failed = None, False, ""
+        try:
+            switch.to.put_in_force(self.space, switch.before)
+        except NarrowboatError as error:
+            failed = str(error)
+            switch.before.put_in_force(self.space, switch.to)
+        self._take_over(switch.before if failed else switch.to, now)
+        end = self._now()
+        if failed:
+            switch = Switch(switch.before, switch.before, switch.allowed, switch.done)
+        self.account.changed(now, end, switch.to.budget, switch.to.setup, switch.allowed)
+        switch.done(failed)
+        return True
+
+    def _take_over(self, arrangement: Arrangement, now: int) -> None:
+        """The tasks of an arrangement in the place of those there were."""
+        before = self._arrivals.by_name
+        for task in arrangement.tasks:
+            predecessor = before.pop(task.facts.name, None)
+            if predecessor is task:
+                continue
+            task.begin(now, predecessor)
+            if task.worker is None:
+                self._start_worker(task)
+        for gone in before.values():
+            if gone.worker is not None:
+                gone.worker.stop()
+                gone.worker = None
+        self.tasks, self.policy = list(arrangement.tasks), arrangement.policy
+        self._arrivals.replace(self.tasks)
 
     def _tick(self, now: int) -> None:
         if self._on_tick is None or now - self._last_tick < 100_000:
             return
         self._last_tick = now
-        self._on_tick(self.picture(now))
-
-    def picture(self, now: int) -> dict[str, Any]:
-        """Now, for whoever watches."""
-        doing = {e.value: f"{a.task.name} block {a.block}" for e, a in self._view.doing.items()}
-        tasks: dict[str, dict[str, int]] = {name: dict(told) for name, told in self._tally.items()}
-        for job in self._view.pending:
-            if job.started is not None:
-                tasks[job.task.name]["held_bytes"] = sum(job.task.nbytes[job.computed : job.loaded])
-        return {
-            "now_us": now,
-            "doing": doing,
-            "pending": [f"{job.task.name} #{job.number}" for job in self._view.pending],
-            "held_bytes": self._memory,
-            "busy": {engine: spent / max(now, 1) for engine, spent in self._busy_time.items()},
-            "tasks": tasks,
-        }
-
-    def _premises(self, majors: int, stepped: float) -> dict[str, Any]:
-        peak = process_memory().hwm - self.baseline
-        return {
-            "real_time": self.granted.as_json(),
-            "pool_locked": self.space.pool.locked,
-            "peak_bytes": peak,
-            "major_faults": majors,
-            "clock_step_s": round(stepped, 3),
-            "boundary_overhead_us": spread(self.overheads),
-            "release_lateness_us": spread(self.late_wakes),
-            "overruns": len(self.overruns),
-            "first_overruns": self.overruns[:20],
-            "blocks_found_in_memory": self.space.hits,
-        }
+        self._on_tick(self.account.picture(self._view, now))
 
     def _shut(self, loader: Loader) -> None:
         if self._order is not None:

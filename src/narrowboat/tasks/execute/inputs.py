@@ -33,7 +33,7 @@ class Source:
 
 
 def source_of(spec: InputSpec | None, resolved: ResolvedModel, example: tuple[Any, ...], folder: Path) -> Source:
-    """The source that a task asks for, but for queues.
+    """The source that a task asks for; a queue's gives nothing by itself.
 
     Raises:
         TaskSpecError: the file, folder or generator cannot be used.
@@ -46,7 +46,7 @@ def source_of(spec: InputSpec | None, resolved: ResolvedModel, example: tuple[An
     if spec.folder is not None:
         return _cycle([_read(resolved, path) for path in input_files(folder / spec.folder)])
     if spec.queue is not None:
-        raise TaskSpecError(f"input queue {spec.queue!r}: nobody fills queues yet; use a file, folder or generator")
+        return Source(lambda: None)
     assert spec.generator is not None
     return _generated(spec.generator)
 

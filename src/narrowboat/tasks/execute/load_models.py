@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from narrowboat.machine.memory import process_memory
 from narrowboat.profile.memory import activation_parts
 from narrowboat.profile.warmup import warm_up, warm_up_stand_ins, warm_up_tracer
 from narrowboat.tasks.execute.model import TaskModel
-from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec
+from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
 
 POLICY = MallocPolicy.BALANCED  # holes from 1 MiB go back, so that jobs in between each other do not pile them up
 
@@ -24,6 +24,7 @@ class Loaded:
     """All networks of a set.
 
     Attributes:
+        folder: that paths are meant from.
         baseline: resident bytes of the process without them, what their factories import included.
         of: the network of each task, by the task's name.
         digests: by the task's name, what is equal for tasks that share a network.
@@ -37,23 +38,50 @@ class Loaded:
         self.baseline = process_memory().rss
         self.of: dict[str, TaskModel] = {}
         self.digests: dict[str, str] = {}
-        known: dict[tuple[str, str | None], TaskModel] = {}
-        for task in settings.tasks:
-            if task.model is None:
-                raise TaskSpecError(f"task {task.name!r} has blocks and no model: it can be simulated, and not run")
-            key = (task.model, task.weights)
-            if key not in known:
-                tell(f"loading {task.name}")
-                known[key] = _open(task, folder)
-                self.baseline += known[key].prepared.library_bytes
-            self.of[task.name] = known[key]
-            self.digests[task.name] = digest_of(known[key])
+        self.folder, self._tell = folder, tell
+        self._known: dict[tuple[str, str | None], TaskModel] = {}
+        self.of = self.open(settings)
+        self.digests = {name: digest_of(model) for name, model in self.of.items()}
         set_malloc_policy(POLICY)
 
     @property
     def models(self) -> list[TaskModel]:
         """Each once."""
         return list(dict.fromkeys(self.of.values()))
+
+    def open(self, settings: TasksSpec) -> dict[str, TaskModel]:
+        """The network of each task by the task's name; those that are open already are not opened again.
+
+        Raises:
+            NarrowboatError: a network cannot be opened; none of the new ones stays.
+        """
+        found: dict[str, TaskModel] = {}
+        before = set(self._known)
+        try:
+            for task in settings.tasks:
+                if task.model is None:
+                    raise TaskSpecError(
+                        f"task {task.name!r} has blocks and no model: it can be simulated, and not run"
+                    )
+                key = network_key(task)
+                if key not in self._known:
+                    self._tell(f"loading {task.name}")
+                    self._known[key] = _open(task, self.folder)
+                    self.baseline += self._known[key].prepared.library_bytes
+                found[task.name] = self._known[key]
+        except NarrowboatError:
+            for key in set(self._known) - before:
+                self._known.pop(key).close()
+            raise
+        return found
+
+    def keep_only(self, models: Collection[TaskModel]) -> None:
+        """Close the others."""
+        for key, model in list(self._known.items()):
+            if model not in models:
+                model.dismantle()
+                model.close()
+                del self._known[key]
 
 
 def activation_bytes(model: TaskModel) -> int:

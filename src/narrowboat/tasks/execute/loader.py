@@ -43,6 +43,23 @@ class Order:
             self.model.reader.cancel(self._read)
 
 
+class _Errand:
+    """Something that only the loader may do."""
+
+    def __init__(self, task: Callable[[], None]) -> None:
+        self._task = task
+        self.done = threading.Event()
+        self.error: NarrowboatError | None = None
+
+    def run(self) -> None:
+        try:
+            self._task()
+        except NarrowboatError as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
 class Loader(threading.Thread):
     """Carries out orders.
 
@@ -55,7 +72,7 @@ class Loader(threading.Thread):
     def __init__(self, space: SwapSpace, begin: Callable[[], None], ended: Callable[[Order], None]) -> None:
         super().__init__(name="narrowboat-loader", daemon=True)
         self._space, self._begin, self._ended = space, begin, ended
-        self._orders: queue.SimpleQueue[Order | Place | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | Place | _Errand | None] = queue.SimpleQueue()
 
     def order(self, order: Order) -> None:
         """Have a block in, after what was asked for before."""
@@ -64,6 +81,14 @@ class Loader(threading.Thread):
     def let_go(self, place: Place) -> None:
         """A block is not used any more."""
         self._orders.put(place)
+
+    def do(self, task: Callable[[], None]) -> None:
+        """Have it done in this thread, after what was asked for before; and wait for it."""
+        errand = _Errand(task)
+        self._orders.put(errand)
+        errand.done.wait()
+        if errand.error is not None:
+            raise errand.error
 
     def stop(self) -> None:
         """End after the orders given."""
@@ -75,6 +100,9 @@ class Loader(threading.Thread):
         while (order := self._orders.get()) is not None:
             if isinstance(order, Place):
                 self._space.let_go(order)
+                continue
+            if isinstance(order, _Errand):
+                order.run()
                 continue
             try:
                 self._bring(order)

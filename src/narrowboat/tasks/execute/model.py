@@ -40,6 +40,19 @@ class Unit:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a network is laid out.
+
+    Attributes:
+        ends: of its blocks, as places one past their last unit.
+        pins: units that stay in memory.
+    """
+
+    ends: tuple[int, ...]
+    pins: frozenset[int]
+
+
 def form_units(groups: Sequence[Group]) -> tuple[list[Unit], list[int]]:
     """Units in order of use, and the numbers of the groups that have to stay: used again after others were.
 
@@ -77,6 +90,7 @@ class TaskModel:
         module: the skeleton.
         inputs: positional arguments of a pass.
         units: the finest blocks.
+        placement: how it is laid out now; None if it is not.
         staying_bytes: of weights that cannot be swapped by block.
         digest: of weights, inputs and machine: two tasks with one digest share their weights.
 
@@ -103,6 +117,7 @@ class TaskModel:
         self.reader = Reader(
             self.files, chunk=self.prepared.storage.chunk, workers=self.prepared.storage.depth, trace=Trace(8)
         )
+        self.placement: Placement | None = None
         self.blocks: list[BlockState] = []
         self.places: list[Place | None] = []
         self.boundary: Callable[[int], None] = lambda block: None
@@ -119,6 +134,14 @@ class TaskModel:
     def fixed_bytes(self) -> int:
         """Beside weights and activations: buffers, bookkeeping, staging of unpacked files."""
         return sum(self.prepared.fixed_parts.values()) + self.reader.staging_bytes * (not self.prepared.index.packed)
+
+    def block_bytes(self, placement: Placement) -> tuple[int, ...]:
+        """Bytes of each block that come and go."""
+        starts = (0, *placement.ends[:-1])
+        return tuple(
+            sum(self.units[unit].nbytes for unit in range(start, end) if unit not in placement.pins)
+            for start, end in zip(starts, placement.ends, strict=True)
+        )
 
     def arrange(self, pool: PagePool, ends: Sequence[int], pins: Iterable[int]) -> None:
         """Lay the network out: blocks of units, pinned ones and those that stay in memory of their own.
@@ -139,6 +162,7 @@ class TaskModel:
         self._resident.bind(self._home, 0)
         self._resident.show()
         self.blocks, self.places = [], []
+        self.placement = Placement(tuple(ends), frozenset(pinned))
         base, start = 0, 0
         for number, end in enumerate(ends):
             members = [n for k in range(start, end) if k not in pinned for n in self.units[k].groups]
@@ -150,6 +174,21 @@ class TaskModel:
             base += block.nbytes
             start = end
         self.gate.cut([self.units[start].first_step for start in [0, *ends[:-1]]])
+
+    def dismantle(self) -> None:
+        """Stand-ins where the weights were, and their memory given back; the network can be laid out anew."""
+        if self.placement is None:
+            return
+        for state in (self._resident, *self.blocks):
+            for weight in state.weights:
+                for slot in weight.slots:
+                    if slot.take_out():
+                        slot.rescue()
+                    slot.unbind()
+        self._home.close()
+        self._window.close()
+        del self._resident, self._home, self._window
+        self.blocks, self.places, self.placement = [], [], None
 
     def _state(self, members: Sequence[int], base: int, name: str, packed: bool, weights: Any) -> BlockState:
         """Several groups as one block at ``base``."""

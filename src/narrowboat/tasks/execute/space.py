@@ -90,6 +90,11 @@ class SwapSpace:
             place.valid = place.valid and self._remember
             self._left[place] = None
 
+    def forget(self) -> None:
+        """Give up what is left of blocks that nobody uses."""
+        while self._left:
+            self._drop(next(iter(self._left)))
+
     def _drop(self, place: Place) -> None:
         del self._left[place]
         place.slab.unback(place.offset, place.nbytes)

@@ -207,6 +207,12 @@ class TaskSpec(_Strict):
         return self.guarantee == "guaranteed"
 
 
+def network_key(task: TaskSpec) -> tuple[str, str | None]:
+    """What tasks that run one network have in common."""
+    assert task.model is not None
+    return task.model, task.weights
+
+
 class TasksSpec(_Strict):
     """A set of tasks that share one budget."""
 

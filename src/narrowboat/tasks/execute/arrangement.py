@@ -1,0 +1,74 @@
+"""Which tasks run, by which policy, with which bytes; and how one such arrangement takes the place of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from narrowboat.tasks.execute.model import Placement, TaskModel
+from narrowboat.tasks.execute.running import Running
+from narrowboat.tasks.execute.space import SwapSpace
+from narrowboat.tasks.policy.action import Policy
+
+
+@dataclass
+class Arrangement:
+    """All that a run can change.
+
+    Attributes:
+        tasks: in the order of their indices.
+        policy: decides.
+        budget: bytes over the baseline.
+        pool_bytes: of it, for blocks that come and go.
+        placements: of every network in use.
+        setup: what is assumed, for the record.
+    """
+
+    tasks: list[Running]
+    policy: Policy
+    budget: int
+    pool_bytes: int
+    placements: Mapping[TaskModel, Placement]
+    setup: dict[str, Any] = field(default_factory=dict)
+
+    def put_in_force(self, space: SwapSpace, before: Arrangement | None = None) -> None:
+        """Lay the networks out; no job may be under way. What is laid out as it should be is left alone.
+
+        Memory that is not wanted any more goes first, so that the two are never held at once.
+
+        Raises:
+            NarrowboatError: memory or storage refuses; what is laid out then is known to the models only.
+        """
+        space.forget()
+        for model in before.placements if before is not None else {}:
+            if self.placements.get(model) != model.placement:
+                model.dismantle()
+        fresh = [model for model, placement in self.placements.items() if model.placement != placement]
+        for model in fresh:
+            model.dismantle()
+        space.pool.resize(self.pool_bytes)
+        for model in fresh:
+            placement = self.placements[model]
+            model.arrange(space.pool, placement.ends, placement.pins)
+
+
+@dataclass(eq=False)
+class Switch:
+    """One arrangement is to be followed by another.
+
+    Attributes:
+        before: in force now.
+        to: to be.
+        allowed: microseconds that the new tasks can bear.
+        done: told why it was not, or nothing, once that is known.
+        patience: microseconds to wait for a moment without work.
+        give_up_at: time of the run when that is over.
+    """
+
+    before: Arrangement
+    to: Arrangement
+    allowed: int
+    done: Callable[[str], None]
+    patience: int = 60_000_000
+    give_up_at: int = 0

@@ -1,0 +1,141 @@
+"""From a set that runs to another: may it be changed without anybody missing a deadline, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrowboat.errors import AdmissionError
+from narrowboat.quantities import format_bytes
+from narrowboat.tasks.analysis.memory import largest_pair
+from narrowboat.tasks.costed import CostedTask
+from narrowboat.tasks.spec.schema import network_key
+from narrowboat.tasks.task_set import TaskSet
+from narrowboat.tasks.words import format_exactly
+
+# What laying a network out takes beside reading its resident weights: 0.8 ms and 60 us per unit were the most seen on
+# the robot's networks (docs/tasks.md); four times that.
+_PER_NETWORK, _PER_UNIT = 4_000, 250  # microseconds
+_SKELETON = 2 << 20  # bytes of Python objects that opening a network leaves, beyond what it counts
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change that has been found to hold.
+
+    Attributes:
+        to: the new set, with its blocks and pins.
+        warm_setup: what is assumed while new networks warm up as best effort; None where there are none.
+        pause: microseconds that it should take at an instant without work.
+        allowed: that the new tasks can bear.
+        prepare_bytes: that opening new networks takes beside what runs.
+    """
+
+    to: TaskSet
+    warm_setup: dict[str, Any] | None
+    pause: int
+    allowed: int
+    prepare_bytes: int
+
+
+def plan_change(now: TaskSet, new: TaskSet) -> Transition:
+    """How to go from ``now``, which runs, to ``new``.
+
+    The change takes place at an instant without work, so that nothing of the old tasks is left in the new one's busy
+    intervals. What it takes itself is extra work at the start of such an interval: it must not exceed the overrun that
+    the new set tolerates (research T8). Everything is allocated anew if that can be done so, else the networks that
+    there are stay as they are.
+
+    Raises:
+        AdmissionError: the new set is refused, or the change would cost a deadline; nothing has changed.
+    """
+    refused: AdmissionError | None = None
+    for option in (new, _keeping(now, new)):
+        if option is None:
+            continue
+        try:
+            return _judge(now, option)
+        except AdmissionError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _judge(now: TaskSet, new: TaskSet) -> Transition:
+    verdict = new.require_runnable()
+    assert verdict.tolerance is not None
+    known = {network_key(task): task for task in now.settings.tasks}
+    fresh = [spec for spec in new.settings.tasks if network_key(spec) not in known]
+    allowed, warm_setup, prepare = verdict.tolerance, None, 0
+    if fresh:
+        names = {spec.name for spec in fresh}
+        warming = new.with_settings(
+            new.settings.model_copy(
+                update={
+                    "tasks": tuple(
+                        spec.model_copy(update={"guarantee": "best-effort"}) if spec.name in names else spec
+                        for spec in new.settings.tasks
+                    )
+                }
+            ),
+            new.allocation.tasks,
+        )
+        try:
+            least = warming.require().tolerance
+        except AdmissionError as error:
+            raise AdmissionError(f"while {', '.join(sorted(names))} warm up: {error}", error.verdict) from None
+        allowed = min(allowed, least if least is not None else 0)
+        warm_setup = warming.setup(warming.facts())
+        prepare = sum(new.measured["beside"][name] for name in names) + _SKELETON * len(names)
+        spare = now.settings.budget - now.admit().needed_bytes
+        if prepare > spare:
+            raise AdmissionError(
+                f"opening {', '.join(sorted(names))} beside the tasks that run takes {format_bytes(prepare)}, and "
+                f"they leave {format_bytes(max(spare, 0))} of {format_bytes(now.settings.budget)}: raise the budget "
+                "first",
+                verdict,
+            )
+    pause = _pause(now.allocation.tasks, new.allocation.tasks, new.settings.margin)
+    if pause > allowed:
+        raise AdmissionError(
+            f"changing the tasks would keep them waiting for {format_exactly(pause)}, and their deadlines bear "
+            f"{format_exactly(allowed)}: stop the run and start it anew, or pin less",
+            verdict,
+        )
+    return Transition(new, warm_setup, pause, allowed, prepare)
+
+
+def _keeping(now: TaskSet, new: TaskSet) -> TaskSet | None:
+    """The new set with the networks that there are left as they lie; None if that leaves too little memory."""
+    there = {network_key(task.spec): task for task in now.allocation.tasks}
+    kept = []
+    for task in new.costed:
+        old = there.get(network_key(task.spec))
+        if old is not None and old.network == task.network:
+            kept.append(replace(task, pins=old.pins, ends=old.ends))
+        else:
+            room = largest_pair([unit.nbytes for unit in task.units])
+            kept.append(task.cut(room=room, overhead=new.settings.overhead) or task)
+    made = new.with_settings(new.settings, kept)
+    return made if made.admit().needed_bytes <= new.settings.budget else None
+
+
+def _pause(before: Sequence[CostedTask], after: Sequence[CostedTask], margin: float) -> int:
+    """Microseconds to lay out anew what lies differently, by the slowest reading that was seen."""
+    there = {network_key(task.spec): (task.ends, task.pins) for task in before}
+    total, seen = _PER_NETWORK, set()
+    for task in after:
+        key = network_key(task.spec)
+        if key in seen or there.get(key) == (task.ends, task.pins):
+            continue
+        seen.add(key)
+        sizes = [(unit.nbytes, unit.load) for unit in task.units if unit.nbytes]
+        slowest = max((load / nbytes for nbytes, load in sizes if nbytes > _MEGABYTE), default=_SLOW)
+        resident = task.pinned_bytes + task.staying_bytes
+        total += round(resident * slowest * margin) + _PER_NETWORK + _PER_UNIT * len(task.units)
+    return total
+
+
+_MEGABYTE = 1 << 20  # smaller units say more of how long a read takes to begin than of how fast it is
+_SLOW = 0.01  # microseconds per byte, where nothing is known: 100 MB/s

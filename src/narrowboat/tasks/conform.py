@@ -293,6 +293,8 @@ class _Replay:
         """No more jobs came than the contracts allow."""
         broken = []
         for name, task in self.tasks.items():
+            if task.get("closed_loop"):
+                continue
             curve = Arrival(task["period_us"], task["jitter_us"])
             times = sorted(job.release for job in self._let_in() if job.task == name)
             ahead = math.ceil(1 + task["jitter_us"] / task["period_us"]) + 1

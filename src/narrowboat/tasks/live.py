@@ -19,7 +19,7 @@ from narrowboat.tasks.execute.wire import from_wire, to_wire
 from narrowboat.tasks.measure import request
 from narrowboat.tasks.record import Record
 from narrowboat.tasks.task_set import TaskSet
-from narrowboat.tasks.transition import plan_change
+from narrowboat.tasks.transition import Transition, plan_change
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,34 @@ class LiveRun:
             self._need_running()
             new.measures = False
             transition = plan_change(self.task_set, new)
-            number, future = next(self._numbers), Future[None]()
-            self._changes[number] = future
-            self._child.tell(
-                self._asked(
-                    transition.to,
-                    "change",
-                    number=number,
-                    prepare_bytes=transition.prepare_bytes,
-                    allowed_us=transition.allowed,
-                    warm_setup=transition.warm_setup,
-                )
-            )
-            future.result()
+            before = self.task_set
+            if transition.room is not None:
+                self._go(transition.room, budget=before.settings.budget)
+            try:
+                self._go(transition)
+            except NarrowboatError:
+                if transition.room is not None and self.running:
+                    self._go(plan_change(transition.room.to, before))
+                raise
             self.task_set = transition.to
             return transition.to.admit()
+
+    def _go(self, transition: Transition, budget: int | None = None) -> None:
+        """Have it done; ``budget``: that is told where the set itself does with less."""
+        number, future = next(self._numbers), Future[None]()
+        self._changes[number] = future
+        asked = self._asked(
+            transition.to,
+            "change",
+            number=number,
+            prepare_bytes=0 if transition.room is not None else transition.prepare_bytes,
+            allowed_us=transition.allowed,
+            warm_setup=transition.warm_setup,
+        )
+        if budget is not None:
+            asked["settings"]["budget"] = asked["setup"]["budget_bytes"] = budget
+        self._child.tell(asked)
+        future.result()
 
     def set_budget(self, budget: int | str) -> Verdict:
         """The same tasks in another number of bytes. See :meth:`change`."""

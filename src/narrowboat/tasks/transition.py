@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from narrowboat.errors import AdmissionError
+from narrowboat.errors import AdmissionError, NarrowboatError
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.analysis.memory import largest_pair
-from narrowboat.tasks.costed import CostedTask
 from narrowboat.tasks.spec.schema import network_key
 from narrowboat.tasks.task_set import TaskSet
 from narrowboat.tasks.words import format_exactly
@@ -17,6 +16,8 @@ from narrowboat.tasks.words import format_exactly
 # What laying a network out takes beside reading its resident weights: 0.8 ms and 60 us per unit were the most seen on
 # the robot's networks (docs/tasks.md); four times that.
 _PER_NETWORK, _PER_UNIT = 4_000, 250  # microseconds
+_POOL_RATE = 1 << 10  # bytes per microsecond by which the pool grows, at least; 2.9 KiB was seen
+_SLOW = 0.01  # microseconds per byte where no unit says how long reading takes
 _SKELETON = 2 << 20  # bytes of Python objects that opening a network leaves, beyond what it counts
 
 
@@ -30,13 +31,15 @@ class Transition:
         pause: microseconds that it should take at an instant without work.
         allowed: that the new tasks can bear.
         prepare_bytes: that opening new networks takes beside what runs.
+        room: the set that runs with so much less for its weights, where that takes more than is free: it comes first.
     """
 
     to: TaskSet
     warm_setup: dict[str, Any] | None
     pause: int
     allowed: int
-    prepare_bytes: int
+    prepare_bytes: int = 0
+    room: Transition | None = None
 
 
 def plan_change(now: TaskSet, new: TaskSet) -> Transition:
@@ -67,7 +70,7 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
     assert verdict.tolerance is not None
     known = {network_key(task): task for task in now.settings.tasks}
     fresh = [spec for spec in new.settings.tasks if network_key(spec) not in known]
-    allowed, warm_setup, prepare = verdict.tolerance, None, 0
+    allowed, warm_setup, prepare, room = verdict.tolerance, None, 0, None
     if fresh:
         names = {spec.name for spec in fresh}
         warming = new.with_settings(
@@ -87,23 +90,32 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
             raise AdmissionError(f"while {', '.join(sorted(names))} warm up: {error}", error.verdict) from None
         allowed = min(allowed, least if least is not None else 0)
         warm_setup = warming.setup(warming.facts())
+        for told in warm_setup["tasks"]:
+            told["closed_loop"] = told["name"] in names  # one job after the other, whatever the contract
         prepare = sum(new.measured["beside"][name] for name in names) + _SKELETON * len(names)
-        spare = now.settings.budget - now.admit().needed_bytes
-        if prepare > spare:
-            raise AdmissionError(
-                f"opening {', '.join(sorted(names))} beside the tasks that run takes {format_bytes(prepare)}, and "
-                f"they leave {format_bytes(max(spare, 0))} of {format_bytes(now.settings.budget)}: raise the budget "
-                "first",
-                verdict,
-            )
-    pause = _pause(now.allocation.tasks, new.allocation.tasks, new.settings.margin)
+        if prepare > now.settings.budget - now.admit().needed_bytes:
+            room = _make_room(now, prepare, sorted(names))
+    pause = _pause(room.to if room is not None else now, new)
     if pause > allowed:
         raise AdmissionError(
             f"changing the tasks would keep them waiting for {format_exactly(pause)}, and their deadlines bear "
             f"{format_exactly(allowed)}: stop the run and start it anew, or pin less",
             verdict,
         )
-    return Transition(new, warm_setup, pause, allowed, prepare)
+    return Transition(new, warm_setup, pause, allowed, prepare, room)
+
+
+def _make_room(now: TaskSet, nbytes: int, names: Sequence[str]) -> Transition:
+    """The set that runs, in so many bytes less."""
+    left = now.settings.budget - nbytes
+    try:
+        smaller = now.with_settings(now.settings.model_copy(update={"budget": left}))
+        return _judge(now, smaller)
+    except NarrowboatError as error:
+        raise AdmissionError(
+            f"opening {', '.join(names)} beside the tasks that run takes {format_bytes(nbytes)}, and these do not do "
+            f"with {format_bytes(left)}: raise the budget first ({error})"
+        ) from error
 
 
 def _keeping(now: TaskSet, new: TaskSet) -> TaskSet | None:
@@ -121,21 +133,18 @@ def _keeping(now: TaskSet, new: TaskSet) -> TaskSet | None:
     return made if made.admit().needed_bytes <= new.settings.budget else None
 
 
-def _pause(before: Sequence[CostedTask], after: Sequence[CostedTask], margin: float) -> int:
-    """Microseconds to lay out anew what lies differently, by the slowest reading that was seen."""
-    there = {network_key(task.spec): (task.ends, task.pins) for task in before}
-    total, seen = _PER_NETWORK, set()
-    for task in after:
+def _pause(now: TaskSet, new: TaskSet) -> int:
+    """Microseconds to lay out anew what lies differently, by the worst times of reading each unit."""
+    there = {network_key(task.spec): (task.ends, task.pins) for task in now.allocation.tasks}
+    seen: set[tuple[str, str | None]] = set()
+    total = _PER_NETWORK + max(new.pool_bytes - now.pool_bytes, 0) // _POOL_RATE
+    for task in new.allocation.tasks:
         key = network_key(task.spec)
         if key in seen or there.get(key) == (task.ends, task.pins):
             continue
         seen.add(key)
-        sizes = [(unit.nbytes, unit.load) for unit in task.units if unit.nbytes]
-        slowest = max((load / nbytes for nbytes, load in sizes if nbytes > _MEGABYTE), default=_SLOW)
-        resident = task.pinned_bytes + task.staying_bytes
-        total += round(resident * slowest * margin) + _PER_NETWORK + _PER_UNIT * len(task.units)
+        large = [unit.load / unit.nbytes for unit in task.units if unit.nbytes >= 1 << 20]
+        staying = task.staying_bytes * max(large, default=_SLOW)
+        total += round(staying) + sum(task.units[unit].load for unit in task.pins)
+        total += _PER_NETWORK + _PER_UNIT * len(task.units)
     return total
-
-
-_MEGABYTE = 1 << 20  # smaller units say more of how long a read takes to begin than of how fast it is
-_SLOW = 0.01  # microseconds per byte, where nothing is known: 100 MB/s

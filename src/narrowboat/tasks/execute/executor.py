@@ -59,6 +59,7 @@ class Executor:
         self.account = Account(budget, baseline)
         self.granted = realtime.RealTime()
         self.stop_requested = False
+        self.begun = threading.Event()
         self._cores = realtime.cores(compute_core, load_core)
         self._on_tick = on_tick
         self._view = View(0)
@@ -125,6 +126,7 @@ class Executor:
         realtime.freeze()
         majors = major_faults()
         self._zero = time.monotonic_ns() // 1000
+        self.begun.set()
         wall = time.time()
         until = None if seconds is None else round(seconds * 1e6)
         try:
@@ -195,6 +197,7 @@ class Executor:
             inputs: positional arguments of one pass.
             then: is told how it ended, here or later.
         """
+        self.begun.wait()
         with self._wake:
             self._view.now = self._now()
             if self._arrivals.offer(name, inputs, then, self._view.now):
@@ -364,6 +367,7 @@ class Executor:
 
     def request(self, switch: Switch) -> None:
         """From another thread: at the next moment in which nothing is under way, go on with another arrangement."""
+        self.begun.wait()
         with self._wake:
             switch.give_up_at = self._now() + switch.patience
             self._switch, self._arrivals.holding = switch, True
@@ -380,6 +384,7 @@ class Executor:
             self.space.forget()
             self.space.pool.resize(nbytes)
 
+        self.begun.wait()
         self._loader.do(resize)
 
     def _change(self, switch: Switch, now: int) -> bool:

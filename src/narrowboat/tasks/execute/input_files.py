@@ -15,7 +15,7 @@ def check_inputs(settings: TasksSpec, folder: Path) -> None:
     """All input files and folders are there.
 
     Raises:
-        TaskSpecError: one is not, or nobody fills it.
+        TaskSpecError: one is not.
     """
     for task in settings.tasks:
         if task.input is None:
@@ -24,8 +24,6 @@ def check_inputs(settings: TasksSpec, folder: Path) -> None:
             input_files(folder / task.input.folder)
         if task.input.file is not None and not (folder / task.input.file).is_file():
             raise TaskSpecError(f"task {task.name!r}: there is no input file {folder / task.input.file}")
-        if task.input.queue is not None:
-            raise TaskSpecError(f"task {task.name!r}: nobody fills input queues yet; use a file, folder or generator")
 
 
 def input_files(folder: Path) -> list[Path]:

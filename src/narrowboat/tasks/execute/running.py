@@ -91,7 +91,7 @@ class Running:
             before.worker.stop()
         before.worker = None
         before._begun = True
-        if self.source is before.source:
+        if self.source is before.source and not before.closed_loop:
             self.ended = before.ended
 
 

@@ -45,6 +45,13 @@ def deep():
     return Deep()
 
 
+def wide():
+    return Deep(1024, 2)
+
+
+wide.example_inputs = lambda: (torch.ones(1, 1024),)
+
+
 deep.example_inputs = lambda: (torch.ones(1, 256),)
 
 
@@ -75,12 +82,12 @@ def three_inputs():
 
 
 def write_nets(folder: Path) -> None:
-    """The module ``tasks_test_nets``, importable from ``folder``, and the weights deep, other and moody."""
+    """The module ``tasks_test_nets``, importable from ``folder``, and the weights deep, other, moody and wide."""
     (folder / "tasks_test_nets.py").write_text(MODULE)
     sys.modules.pop("tasks_test_nets", None)
     import tasks_test_nets  # type: ignore[import-not-found]
 
-    for name in ("deep", "other", "moody"):
+    for name in ("deep", "other", "moody", "wide"):
         torch.manual_seed(len(name))
         nb.pack(getattr(tasks_test_nets, name)().state_dict(), folder / f"{name}.safetensors")
 

@@ -166,6 +166,19 @@ def on_demand(prepared: Prepared) -> Prepared | None:
     )
 
 
+def tiled_above(prepared: Prepared, nbytes: int) -> Prepared:
+    """The same model, its layers with weights of more than ``nbytes`` bytes in tiles of at most that; no tables."""
+    found = tileable(prepared.module, prepared.matched, prepared.trace, prepared.unfused)
+    large = {
+        w: owners
+        for w, owners in found.items()
+        if prepared.weights[w].entry.nbytes > nbytes
+        and not any(isinstance(owner.module, (nn.Embedding, nn.EmbeddingBag)) for owner in owners)
+    }
+    tiling = plan_tiles(prepared.module, prepared.matched, large, nbytes) if large else None
+    return prepared if tiling is None else _tiled(prepared, tiling)
+
+
 def _strip_levels(prepared: Prepared) -> list[dict[int, int]]:
     """Strips for convolutions whose workspaces set the peak: none first, then for lower and lower peaks."""
     levels: list[dict[int, int]] = [{}]

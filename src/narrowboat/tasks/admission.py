@@ -14,7 +14,7 @@ from narrowboat.tasks.analysis.memory import MemoryNeed, need
 from narrowboat.tasks.analysis.model import Supply, Task, total_utilisation
 from narrowboat.tasks.analysis.overrun import tolerated
 from narrowboat.tasks.analysis.solution import Response
-from narrowboat.tasks.costed import CostedTask, analysis_task, footprint_of, priorities
+from narrowboat.tasks.costed import CostedTask, always_bytes, analysis_task, footprint_of, priorities
 from narrowboat.tasks.spec.schema import TasksSpec
 from narrowboat.tasks.words import format_exactly, some_names
 
@@ -184,7 +184,7 @@ def memory_need(tasks: Sequence[CostedTask], settings: TasksSpec) -> tuple[Memor
     found = need(
         [footprint_of(task, settings, levels[task.name]) for task in tasks], keep=settings.preemption == "lp-keep"
     )
-    return found, found.nbytes + sum(task.fixed_bytes for task in tasks)
+    return found, found.nbytes + always_bytes(tasks, keep=settings.preemption == "lp-keep")
 
 
 def admit(tasks: Sequence[CostedTask], settings: TasksSpec, chunk: int = DEFAULT_CHUNK) -> Verdict:

@@ -67,31 +67,37 @@ def slowdown(tasks: Sequence[CostedTask]) -> float:
 def floor_bytes(task: CostedTask) -> int:
     """What the task needs to run at all, in a share of its own."""
     window = largest_pair([block.nbytes for block in task.blocks()])
-    return window + task.activation_bytes + task.fixed_bytes + task.pinned_bytes
+    return window + _beside(task) + task.pinned_bytes
 
 
 def _all_resident(task: CostedTask) -> int:
-    return sum(unit.nbytes for unit in task.units) + task.activation_bytes + task.fixed_bytes
+    return sum(unit.nbytes for unit in task.units) + _beside(task)
+
+
+def _beside(task: CostedTask) -> int:
+    return task.activation_bytes + task.fixed_bytes + task.peak_bytes
 
 
 def _by_shares(method: str, tasks: Sequence[CostedTask], settings: TasksSpec, weights: Sequence[float]) -> Allocation:
     floors = [floor_bytes(task) for task in tasks]
-    spare = settings.budget - sum(floors)
+    heap = max((task.heap_bytes for task in tasks), default=0)  # all tasks' together
+    spare = settings.budget - sum(floors) - heap
     if spare < 0:
         raise BudgetError(
-            f"the tasks need {format_bytes(sum(floors))} in shares of their own, and the budget is "
+            f"the tasks need {format_bytes(sum(floors) + heap)} in shares of their own, and the budget is "
             f"{format_bytes(settings.budget)}; allocation: optimal shares the windows and needs less",
-            minimum=sum(floors),
+            minimum=sum(floors) + heap,
         )
     total = sum(weights)
     exact = [spare * weight / total if total else spare / len(tasks) for weight in weights]
     shares = [floor + int(part) for floor, part in zip(floors, exact, strict=True)]
     # Whole bytes: the rest goes to those who lost most by rounding down.
     order = sorted(range(len(tasks)), key=lambda k: int(exact[k]) - exact[k])
-    for k in range(settings.budget - sum(shares)):
+    for k in range(settings.budget - heap - sum(shares)):
         shares[order[k % len(tasks)]] += 1
     given = tuple(_fill(task, share) for task, share in zip(tasks, shares, strict=True))
-    return Allocation(method, given, {task.name: share for task, share in zip(tasks, shares, strict=True)} | {"": 0})
+    by_name = {task.name: share for task, share in zip(tasks, shares, strict=True)}
+    return Allocation(method, given, by_name | {"": heap})
 
 
 def _fill(task: CostedTask, share: int) -> CostedTask:
@@ -261,10 +267,10 @@ def method_named(name: str) -> Method:
     return found
 
 
-def as_described(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
-    """Only what the user has pinned."""
+def as_described(tasks: Sequence[CostedTask], settings: TasksSpec, method: str = "as described") -> Allocation:
+    """Only what is pinned already: by the user, or by the ``method``."""
     own = {task.name: task.pinned_bytes + task.fixed_bytes for task in tasks}
-    return Allocation("as described", tuple(tasks), own | {"": settings.budget - sum(own.values())})
+    return Allocation(method, tuple(tasks), own | {"": settings.budget - sum(own.values())})
 
 
 def allocate(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:

@@ -48,7 +48,6 @@ def measure_tasks(
             elif event["event"] == "measured":
                 told = event
     tasks, chunk = [], 0
-    shared = told["allocator"]  # one heap: charged once, to the first
     for spec in settings.tasks:
         if spec.blocks is not None:
             tasks.append(described(spec))
@@ -56,12 +55,10 @@ def measure_tasks(
         digest = told["digests"][spec.name]
         cost = told["costs"][digest]
         units = tuple(_unit(unit, settings.margin) for unit in cost["units"])
-        fixed = told["fixed"][spec.name] + told["activations"][spec.name] + shared
-        shared = 0
         every = frozenset(k for k, unit in enumerate(units) if unit.nbytes) if spec.pinned else frozenset()
         samples = np.ceil(np.array(cost["samples"], dtype=float) * settings.margin).astype(np.int64)
-        staying = told["fixed"][spec.name] - told["beside"][spec.name]
-        tasks.append(CostedTask(spec, units, 0, fixed, digest, every, staying_bytes=staying, samples=samples))
+        held = told["held"][spec.name]
+        tasks.append(CostedTask(spec, units, network=digest, pins=every, samples=samples, **held))
         chunk = max(chunk, _chunk(cost, told["chunk_bytes"][spec.name], settings.margin))
     return tasks, chunk, told
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import AdmissionError, UsageError
 from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit
-from narrowboat.tasks.allocate import Allocation, allocate
-from narrowboat.tasks.costed import CostedTask, arrival_of, described, facts_of, prefetches, priorities
+from narrowboat.tasks.allocate import Allocation, allocate, as_described
+from narrowboat.tasks.costed import CostedTask, always_bytes, arrival_of, described, facts_of, prefetches, priorities
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
@@ -238,8 +238,8 @@ class TaskSet:
     @property
     def pool_bytes(self) -> int:
         """Of the budget, for blocks that come and go."""
-        fixed = sum(task.fixed_bytes for task in self.costed)
-        return self.settings.budget - self.admit().memory.pinned - fixed
+        always = always_bytes(self.costed, keep=self.settings.preemption == "lp-keep")
+        return self.settings.budget - self.admit().memory.pinned - always
 
     def with_settings(self, settings: TasksSpec, tasks: Sequence[CostedTask] | None = None) -> TaskSet:
         """The same networks under another description; nothing is measured again.
@@ -254,8 +254,7 @@ class TaskSet:
         costed = [replace(by_name[spec.name], spec=spec) for spec in settings.tasks]
         made._costed = costed
         if tasks is not None:
-            shares = {task.name: task.pinned_bytes + task.fixed_bytes for task in costed}
-            made._allocation = Allocation("as before", tuple(costed), shares)
+            made._allocation = as_described(costed, settings, "as before")
         return made
 
     def setup(self, facts: list[TaskFacts]) -> dict[str, Any]:

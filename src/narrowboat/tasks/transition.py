@@ -92,7 +92,8 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
         warm_setup = warming.setup(warming.facts())
         for told in warm_setup["tasks"]:
             told["closed_loop"] = told["name"] in names  # one job after the other, whatever the contract
-        prepare = sum(new.measured["beside"][name] for name in names) + _SKELETON * len(names)
+        opened = [task for task in new.costed if task.name in names]
+        prepare = sum(task.fixed_bytes - task.staying_bytes + _SKELETON for task in opened)
         if prepare > now.settings.budget - now.admit().needed_bytes:
             room = _make_room(now, prepare, sorted(names))
     pause = _pause(room.to if room is not None else now, new)

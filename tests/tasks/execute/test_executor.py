@@ -74,7 +74,8 @@ def run(tasks: list[Running], pool: PagePool, *, preempt: bool = True, prefetch:
 
 
 def into(outputs: list[Any]) -> OnEnd:
-    return lambda told, output: outputs.append(output)
+    """Of the jobs that came to their end."""
+    return lambda told, output: outputs.append(output) if output is not None else None
 
 
 def plain(nets: Path, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -101,6 +102,20 @@ def test_outputs_have_plain_pytorchs_bits_in_a_pool_of_two_blocks(
     wanted = plain(nets, "deep", torch.ones(1, 256))
     assert len(outputs) == 3 and all(torch.equal(output, wanted) for output in outputs)
     assert sum(s.what == "compute" for s in record.segments) == 18
+
+
+def test_layers_too_large_for_a_window_are_computed_in_tiles_to_the_same_bits(
+    nets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("narrowboat.tasks.execute.model._TILE", 1 << 20)
+    outputs: list[torch.Tensor] = []
+    with opened(nets, "wide") as (model,):
+        assert len(model.units) == 9 and max(unit.nbytes for unit in model.units) < 1100 << 10  # of two layers of 4 MiB
+        pool = PagePool(2 * max(unit.nbytes for unit in model.units))
+        record = run([running(model, pool, "wide", 0, closed_loop=True, on_end=into(outputs))], pool)
+    assert [job.outcome for job in record.jobs] == ["done"] * 3
+    wanted = plain(nets, "wide", torch.ones(1, 1024))
+    assert all(torch.equal(output, wanted) for output in outputs)
 
 
 def test_tasks_in_turn_have_their_own_bits(nets: Path) -> None:

@@ -18,7 +18,7 @@ from narrowboat.machine.malloc import trim
 from narrowboat.tasks.analysis.memory import largest_pair
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import Source
-from narrowboat.tasks.execute.load_models import Loaded, activation_bytes, allocator_bytes
+from narrowboat.tasks.execute.load_models import Loaded, held_bytes
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
@@ -68,10 +68,7 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     return {
         "digests": loaded.digests,
         "costs": costs,
-        "beside": {name: model.fixed_bytes for name, model in loaded.of.items()},
-        "fixed": {name: model.fixed_bytes + model.staying_bytes for name, model in loaded.of.items()},
-        "activations": {name: activation_bytes(model) for name, model in loaded.of.items()},
-        "allocator": allocator_bytes(loaded.models),
+        "held": {name: held_bytes(model) for name, model in loaded.of.items()},
         "chunk_bytes": {name: m.prepared.storage.chunk * m.prepared.storage.depth for name, m in loaded.of.items()},
     }
 

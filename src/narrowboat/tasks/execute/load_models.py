@@ -12,7 +12,7 @@ import torch
 from narrowboat.errors import NarrowboatError, TaskSpecError
 from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
 from narrowboat.machine.memory import process_memory
-from narrowboat.profile.memory import activation_parts
+from narrowboat.profile.memory import activation_parts, carried_bytes
 from narrowboat.profile.warmup import warm_up, warm_up_stand_ins, warm_up_tracer
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
@@ -43,11 +43,6 @@ class Loaded:
         self.of = self.open(settings)
         self.digests = {name: digest_of(model) for name, model in self.of.items()}
         set_malloc_policy(POLICY)
-
-    @property
-    def models(self) -> list[TaskModel]:
-        """Each once."""
-        return list(dict.fromkeys(self.of.values()))
 
     def open(self, settings: TasksSpec) -> dict[str, TaskModel]:
         """The network of each task by the task's name; those that are open already are not opened again.
@@ -84,21 +79,22 @@ class Loaded:
                 del self._known[key]
 
 
-def activation_bytes(model: TaskModel) -> int:
-    """Of one job."""
-    return activation_parts(model.trace, POLICY)["activations"]
-
-
-def allocator_bytes(models: list[TaskModel]) -> int:
-    """Holes of the one heap that all jobs share."""
-    return max((activation_parts(model.trace, POLICY)["allocator"] for model in models), default=0)
+def held_bytes(model: TaskModel) -> dict[str, int]:
+    """What it takes beside weights that come and go, as ``CostedTask`` has it."""
+    parts = activation_parts(model.trace, POLICY)
+    boundaries = [unit.first_step for unit in model.units[1:]]
+    return {
+        "fixed_bytes": model.fixed_bytes + model.staying_bytes,
+        "staying_bytes": model.staying_bytes,
+        "peak_bytes": parts["activations"],
+        "carried_bytes": min(carried_bytes(model.trace, boundaries), parts["activations"]),
+        "heap_bytes": parts["allocator"],
+    }
 
 
 def digest_of(model: TaskModel) -> str:
     """Of weights, model code, inputs' shapes, torch and processor: what measurements depend on."""
-    measured = model.prepared.measured
-    identity = measured.identity if measured is not None else {"weights": model.prepared.index.digest}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def spec_name(name: str) -> str:

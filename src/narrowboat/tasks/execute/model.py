@@ -12,17 +12,24 @@ from narrowboat.arena.slab import PAGE, Slab
 from narrowboat.errors import ModelError
 from narrowboat.profile.order import split_example
 from narrowboat.profile.skeleton import attach_slots
+from narrowboat.profile.tiles import install
 from narrowboat.profile.use_trace import UseTrace
 from narrowboat.profile.workload import Group, form_groups
 from narrowboat.stream.blocks import BlockState, State, extents_of
 from narrowboat.stream.prepare import prepare
 from narrowboat.stream.reader import Job as ReadJob
 from narrowboat.stream.reader import Reader, WeightsFile
+from narrowboat.stream.rows import RowReader
+from narrowboat.stream.tiling import tiled_above
 from narrowboat.stream.wrap import wrap_modules
 from narrowboat.tasks.execute.gate import Gate
 from narrowboat.tasks.execute.space import Place
 from narrowboat.trace import Trace
 from narrowboat.zoo.request import Request, find_request
+
+# Bytes of a weight from which on its layer is computed in tiles, so that no window has to hold more. Whatever the
+# budget, so that what was measured stays true when it changes.
+_TILE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class TaskModel:
         units: the finest blocks.
         placement: how it is laid out now; None if it is not.
         staying_bytes: of weights that cannot be swapped by block.
-        digest: of weights, inputs and machine: two tasks with one digest share their weights.
+        identity: of weights, inputs, torch and machine, and how layers are cut: what measurements depend on.
 
     Raises:
         NarrowboatError: model, weights or inputs cannot be used.
@@ -107,6 +114,14 @@ class TaskModel:
             raise ModelError(f"{spec} cannot be a task: {self.prepared.why_untraced}")
         if self.prepared.trace.written:
             raise ModelError(f"{spec} cannot be a task: its passes write to its weights")
+        measured = self.prepared.measured
+        self.identity: dict[str, Any] = (
+            dict(measured.identity) if measured is not None else {"weights": self.prepared.index.digest}
+        )
+        self.prepared = tiled_above(self.prepared, _TILE)
+        if self.prepared.tiling is not None:
+            self.identity["tiles"] = [[layer.name, len(layer.tiles)] for layer in self.prepared.tiling.layers]
+        assert self.prepared.trace is not None
         self.trace: UseTrace = self.prepared.trace
         self.module = self.prepared.module
         index = self.prepared.index
@@ -121,6 +136,9 @@ class TaskModel:
         self.blocks: list[BlockState] = []
         self.places: list[Place | None] = []
         self.boundary: Callable[[int], None] = lambda block: None
+        if self.prepared.tiling is not None:
+            rows = RowReader(self.reader, self._numbers, [stamp.size for stamp in index.stamps])
+            install(self.module, self.prepared.tiling, self.prepared.matched.numbers, rows)
         attach_slots(self.module, self.prepared.matched)
         self.gate = Gate(self.trace.events, self.prepared.weights, lambda block: self.boundary(block))
         wrap_modules(self.module, self.gate)  # type: ignore[arg-type]

@@ -75,29 +75,28 @@ def _all_resident(task: CostedTask) -> int:
 
 
 def _beside(task: CostedTask) -> int:
-    return task.activation_bytes + task.fixed_bytes + task.peak_bytes
+    return task.activation_bytes + task.fixed_bytes + task.busy_bytes
 
 
 def _by_shares(method: str, tasks: Sequence[CostedTask], settings: TasksSpec, weights: Sequence[float]) -> Allocation:
     floors = [floor_bytes(task) for task in tasks]
-    heap = max((task.heap_bytes for task in tasks), default=0)  # all tasks' together
-    spare = settings.budget - sum(floors) - heap
+    spare = settings.budget - sum(floors)
     if spare < 0:
         raise BudgetError(
-            f"the tasks need {format_bytes(sum(floors) + heap)} in shares of their own, and the budget is "
+            f"the tasks need {format_bytes(sum(floors))} in shares of their own, and the budget is "
             f"{format_bytes(settings.budget)}; allocation: optimal shares the windows and needs less",
-            minimum=sum(floors) + heap,
+            minimum=sum(floors),
         )
     total = sum(weights)
     exact = [spare * weight / total if total else spare / len(tasks) for weight in weights]
     shares = [floor + int(part) for floor, part in zip(floors, exact, strict=True)]
     # Whole bytes: the rest goes to those who lost most by rounding down.
     order = sorted(range(len(tasks)), key=lambda k: int(exact[k]) - exact[k])
-    for k in range(settings.budget - heap - sum(shares)):
+    for k in range(settings.budget - sum(shares)):
         shares[order[k % len(tasks)]] += 1
     given = tuple(_fill(task, share) for task, share in zip(tasks, shares, strict=True))
     by_name = {task.name: share for task, share in zip(tasks, shares, strict=True)}
-    return Allocation(method, given, by_name | {"": heap})
+    return Allocation(method, given, by_name | {"": 0})
 
 
 def _fill(task: CostedTask, share: int) -> CostedTask:

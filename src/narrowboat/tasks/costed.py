@@ -26,10 +26,9 @@ class CostedTask:
         spec: what was asked for.
         units: in order, what is not cut further; with the bytes and load each has when it is not pinned.
         activation_bytes: of one job, workspaces included.
-        fixed_bytes: held all the time beside weights that could be swapped: buffers, bookkeeping.
-        peak_bytes: activations and workspaces of a measured network's job while it runs, taken from the heap.
-        carried_bytes: the most of them that it holds at a boundary, while others run.
-        heap_bytes: that the heap keeps beside them; one heap serves all tasks.
+        fixed_bytes: held all the time beside weights that could be swapped: buffers, bookkeeping, kernels.
+        busy_bytes: what the heap takes while a job of a measured network runs: activations, workspaces, holes.
+        carried_bytes: the most of its activations that a job holds at a boundary, while others run.
         staying_bytes: of those, weights that cannot be swapped.
         network: what tasks that share weights have in common; empty where nothing is shared.
         pins: the units whose weights stay.
@@ -46,9 +45,8 @@ class CostedTask:
     pins: frozenset[int] = frozenset()
     ends: tuple[int, ...] | None = None
     staying_bytes: int = 0
-    peak_bytes: int = 0
+    busy_bytes: int = 0
     carried_bytes: int = 0
-    heap_bytes: int = 0
     samples: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -140,8 +138,8 @@ def always_bytes(tasks: Sequence[CostedTask], *, keep: bool) -> int:
         keep: jobs may be preempted, and keep what they carry over the boundary.
     """
     carried = sum(task.carried_bytes for task in tasks) if keep else 0
-    heap = max((task.peak_bytes + carried - (task.carried_bytes if keep else 0) for task in tasks), default=0)
-    return sum(task.fixed_bytes for task in tasks) + heap + max((task.heap_bytes for task in tasks), default=0)
+    heap = max((task.busy_bytes + carried - (task.carried_bytes if keep else 0) for task in tasks), default=0)
+    return sum(task.fixed_bytes for task in tasks) + heap
 
 
 def arrival_of(spec: TaskSpec) -> Arrival:

@@ -15,6 +15,7 @@ from narrowboat.arena.pool import PagePool
 from narrowboat.errors import AdmissionError, ModelError
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.machine.malloc import trim
+from narrowboat.machine.memory import process_memory, reset_peak, resident_bytes
 from narrowboat.tasks.analysis.memory import largest_pair
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import Source
@@ -31,7 +32,7 @@ from narrowboat.tasks.spec.load import tasks_from
 if TYPE_CHECKING:
     from narrowboat.tasks.execute.child import Pipe
 
-FORMAT = 3
+FORMAT = 5
 _LEAST, _MOST, _WARM = 8, 1000, 2
 _ELSEWHERE = 64 << 20  # bytes that are touched between two jobs, more than caches hold
 CONDITION = "blocks computed while the next is read, caches and heap cold at each job's start; one thread per operator"
@@ -68,7 +69,7 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     return {
         "digests": loaded.digests,
         "costs": costs,
-        "held": {name: held_bytes(model) for name, model in loaded.of.items()},
+        "held": {name: held_bytes(model, costs[loaded.digests[name]]) for name, model in loaded.of.items()},
         "chunk_bytes": {name: m.prepared.storage.chunk * m.prepared.storage.depth for name, m in loaded.of.items()},
     }
 
@@ -91,6 +92,8 @@ def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
     facts = TaskFacts("calibration", 0, tuple(int(n > 0) for n in there), (1,) * len(sizes), there, 1 << 40, 1 << 40)
     stolen: list[int] = []
     elsewhere = torch.ones(_ELSEWHERE >> 2)
+    trim()
+    before = resident_bytes()
 
     def after_others() -> tuple[Any, ...]:
         """As a job finds the machine when others have run: their data in the caches, no holes of its own."""
@@ -108,13 +111,20 @@ def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
     jobs = min(max(math.ceil(seconds / once), _LEAST), _MOST)
     executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
     stolen.clear()
+    reset_peak()
     record = executor.run(None, jobs=jobs)
     stolen.append(stolen_ticks())
+    busy = process_memory().hwm - before - pool.nbytes
+    space.forget()
+    trim()
+    left = max(resident_bytes() - before, 0)
+    model.dismantle()
     pool.close()
     kept = undisturbed([after - before for before, after in pairwise(stolen)])
     record.segments = [part for part in record.segments if part.job in kept]
     record.jobs = [job for job in record.jobs if job.number in kept]
-    return {"disturbed": jobs - len(kept), **_summary(record, sizes, len(kept), executor.account.overheads)}
+    memory = {"left_bytes": left, "busy_bytes": max(busy - left, 0)}
+    return {"disturbed": jobs - len(kept), **memory, **_summary(record, sizes, len(kept), executor.account.overheads)}
 
 
 def undisturbed(stolen: Sequence[int]) -> set[int]:

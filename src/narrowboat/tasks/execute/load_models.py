@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from narrowboat.errors import NarrowboatError, TaskSpecError
 from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
-from narrowboat.machine.memory import process_memory
+from narrowboat.machine.memory import process_memory, resident_bytes
 from narrowboat.profile.memory import activation_parts, carried_bytes
 from narrowboat.profile.warmup import warm_up, warm_up_stand_ins, warm_up_tracer
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
 
+_PER_TASK = 1 << 20  # bytes of a thread, its stack and buffers, and of the record
 POLICY = MallocPolicy.BALANCED  # holes from 1 MiB go back, so that jobs in between each other do not pile them up
 
 
@@ -61,8 +63,10 @@ class Loaded:
                 key = network_key(task)
                 if key not in self._known:
                     self._tell(f"loading {task.name}")
-                    self._known[key] = _open(task, self.folder)
-                    self.baseline += self._known[key].prepared.library_bytes
+                    held = resident_bytes()
+                    model = self._known[key] = _open(task, self.folder)
+                    self.baseline += model.prepared.library_bytes
+                    model.grown_bytes = resident_bytes() - held - model.prepared.library_bytes
                 found[task.name] = self._known[key]
         except NarrowboatError:
             for key in set(self._known) - before:
@@ -79,16 +83,23 @@ class Loaded:
                 del self._known[key]
 
 
-def held_bytes(model: TaskModel) -> dict[str, int]:
-    """What it takes beside weights that come and go, as ``CostedTask`` has it."""
+def held_bytes(model: TaskModel, seen: Mapping[str, Any]) -> dict[str, int]:
+    """What it takes beside weights that come and go, as ``CostedTask`` has it.
+
+    Args:
+        model: opened.
+        seen: ``busy_bytes`` and ``left_bytes`` as they were measured; what should have been more, is taken for more.
+    """
     parts = activation_parts(model.trace, POLICY)
     boundaries = [unit.first_step for unit in model.units[1:]]
     return {
-        "fixed_bytes": model.fixed_bytes + model.staying_bytes,
+        "fixed_bytes": max(model.fixed_bytes, model.grown_bytes)
+        + model.staying_bytes
+        + seen["left_bytes"]
+        + _PER_TASK,
         "staying_bytes": model.staying_bytes,
-        "peak_bytes": parts["activations"],
+        "busy_bytes": max(sum(parts.values()), seen["busy_bytes"]),
         "carried_bytes": min(carried_bytes(model.trace, boundaries), parts["activations"]),
-        "heap_bytes": parts["allocator"],
     }
 
 

@@ -98,6 +98,7 @@ class TaskModel:
         inputs: positional arguments of a pass.
         units: the finest blocks.
         placement: how it is laid out now; None if it is not.
+        grown_bytes: by which the process grew as it was opened.
         staying_bytes: of weights that cannot be swapped by block.
         identity: of weights, inputs, torch and machine, and how layers are cut: what measurements depend on.
 
@@ -133,6 +134,7 @@ class TaskModel:
             self.files, chunk=self.prepared.storage.chunk, workers=self.prepared.storage.depth, trace=Trace(8)
         )
         self.placement: Placement | None = None
+        self.grown_bytes = 0
         self.blocks: list[BlockState] = []
         self.places: list[Place | None] = []
         self.boundary: Callable[[int], None] = lambda block: None

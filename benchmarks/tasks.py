@@ -39,8 +39,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=500, help="random sets per point")
     parser.add_argument("--jobs", type=int, default=100_000, help="simulated jobs of admitted sets")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to measure")
+    parser.add_argument(
+        "--parts", nargs="*", default=PARTS, choices=PARTS, help="what to measure; none: draw anew what is there"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="of the robot")
+    parser.add_argument("--beside", type=float, default=240, help="seconds of the same without narrowboat")
     parser.add_argument("--application-seconds", type=float, default=60, help="of each application and budget")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
@@ -50,7 +53,7 @@ def main() -> None:
         told |= _sets(arguments.sets, arguments.jobs)
     machine = {"commit": _commit(), "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count()}
     if "robot" in arguments.parts:
-        told["robot"] = {**machine, **robot(arguments.seconds, _say)}
+        told["robot"] = {**machine, **robot(arguments.seconds, arguments.beside, _say)}
     if "applications" in arguments.parts:
         told["applications"] = {**machine, **applications(arguments.application_seconds, _say)}
     arguments.out.mkdir(parents=True, exist_ok=True)

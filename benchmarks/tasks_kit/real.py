@@ -26,19 +26,25 @@ RATIOS = (2.32, 5.81)
 _SLACK = 16 << 20  # of a memory limit, for what the kernel charges beside the process
 
 
-def robot(seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
+def robot(seconds: float, beside: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Ours, whole models in turn, and plain PyTorch without admission; one after the other."""
     ours = nb.TaskSet.load(ROBOT)
     say("robot: narrowboat")
     told = {"narrowboat": _figures(ours, ours.run(seconds, on_tick=_silent), ours.settings.budget)}
     say("robot: whole models, one at a time")
     whole = whole_models(ours)
-    record = whole.run(seconds, on_tick=_silent, admitted_only=False)
+    record = whole.run(beside, on_tick=_silent, admitted_only=False)
     told["whole models"] = _figures(whole, record, whole.settings.budget)
     say("robot: plain PyTorch, a thread each")
-    told["plain PyTorch"] = _plain(ours, seconds)
+    told["plain PyTorch"] = _plain(ours, beside)
     need = sum(resident_bytes(ours).values())
-    return {"seconds": seconds, "resident_bytes": need, "budget_bytes": ours.settings.budget, "subjects": told}
+    return {
+        "seconds": seconds,
+        "beside_seconds": beside,
+        "resident_bytes": need,
+        "budget_bytes": ours.settings.budget,
+        "subjects": told,
+    }
 
 
 def _silent(picture: dict[str, Any]) -> None:

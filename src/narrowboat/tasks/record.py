@@ -17,7 +17,7 @@ _NEVER = 1 << 62
 BEYOND = "beyond its contract"  # begins the cause of jobs that were not let in
 
 
-@dataclass
+@dataclass(slots=True)
 class Segment:
     """One thing that an engine did.
 
@@ -42,7 +42,7 @@ class Segment:
     nbytes: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class JobRecord:
     """One job from its release to its end.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tasks_kit.report_real import application_lines, robot_lines
+
 _COLOURS = ("#1d6996", "#5fad56", "#d1495b", "#8a6d3b", "#8d99ae")
 
 
@@ -53,6 +55,10 @@ def write_markdown(told: dict[str, Any], path: Path) -> None:
         f"{admission['median_ms']} ms, worst {admission['worst_ms']} ms of {admission['sets']} sets |",
         "",
     ]
+    if "robot" in told:
+        lines += robot_lines(told["robot"])
+    if "applications" in told:
+        lines += application_lines(told["applications"])
     path.write_text("\n".join(lines))
 
 

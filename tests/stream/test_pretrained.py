@@ -148,11 +148,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 _CHILD = """
 import sys, torch, narrowboat as nb
 torch.set_num_threads(1)
-model = nb.stream_pretrained(sys.argv[1], budget=int(sys.argv[2]), max_tokens=600)
+model = nb.stream_pretrained(sys.argv[1], budget=int(sys.argv[2]), max_tokens=300)
 session = nb.session(model)
 with torch.inference_mode():
-    out = model.generate(torch.ones(1, 100, dtype=torch.long), max_new_tokens=500, min_new_tokens=500, do_sample=False)
-assert out.shape == (1, 600), out.shape
+    out = model.generate(torch.ones(1, 100, dtype=torch.long), max_new_tokens=200, min_new_tokens=200, do_sample=False)
+assert out.shape == (1, 300), out.shape
 stats = session.stats()
 print(stats["peak_bytes"], stats["fixed_parts"]["kv-cache"])
 """
@@ -160,7 +160,7 @@ print(stats["peak_bytes"], stats["fixed_parts"]["kv-cache"])
 
 def test_a_cache_grown_to_its_reservation_stays_within_the_budget(folder: Path) -> None:
     llama(folder, hidden_size=256, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024)
-    budget = smallest(folder, 600) + (2 << 20)
+    budget = smallest(folder, 300) + (2 << 20)
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, str(folder), str(budget)],
         capture_output=True,
@@ -170,7 +170,7 @@ def test_a_cache_grown_to_its_reservation_stays_within_the_budget(folder: Path) 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peak, cache = map(int, done.stdout.split()[-2:])
-    assert cache == 4 * 2 * 256 * 4 * 600
+    assert cache == 4 * 2 * 256 * 4 * 300
     assert peak <= budget + (1 << 20)
 
 

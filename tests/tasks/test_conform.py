@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from narrowboat import TaskSet
-from narrowboat.tasks.conform import conform
+from narrowboat.tasks.conform import _Lost, conform
 from narrowboat.tasks.record import JobRecord, Record, Segment
 from task_sets_kit import three
 
@@ -101,3 +103,29 @@ def test_a_broken_premise_is_named(right: Record, breaks: Callable[[Record], Non
 def test_a_set_that_was_not_admitted_has_no_guarantee() -> None:
     told = conform(TaskSet.from_dict(three(budget=100_000_000)).simulate(1))
     assert not told.valid and told.wording.startswith("none was given")
+
+
+losses = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=12)
+
+
+@given(losses, st.sampled_from([1.0, 0.9, 0.75]), st.integers(0, 100))
+def test_lost_time_is_held_against_every_window(gaps: list[tuple[int, int, int]], share: float, delay: int) -> None:
+    spans, at = [], 0
+    for gap, length, excess in gaps:
+        spans.append((at + gap, at + gap + length, excess))
+        at += gap + length
+    lost = _Lost(share, delay)
+    for k, (begin, end, excess) in enumerate(spans):
+        windows = [sum(e for _, _, e in spans[i : k + 1]) - (1 - share) * (end - spans[i][0]) for i in range(k + 1)]
+        assert lost.bear(begin, end, excess) == (max(windows) <= delay + 1e-9) or abs(max(windows) - delay) < 1e-6
+
+
+def test_a_part_that_lost_less_than_the_supply_may_withhold_breaks_nothing(right: Record) -> None:
+    record = copy.deepcopy(right)
+    part = max((p for p in record.segments if p.what == "compute"), key=lambda p: p.end - p.begin)
+    task = next(task for task in record.setup["tasks"] if task["name"] == part.task)
+    task["computes_us"] = [cost - 100 for cost in task["computes_us"]]
+    assert "segments within their budgets" in conform(record).wording
+    record.setup["supply"] = {"share": 0.5, "delay_us": 10_000}
+    told = {premise.name: premise for premise in conform(record).premises}["segments within their budgets"]
+    assert told.holds and "took longer" in told.said

@@ -36,9 +36,10 @@ def check(file: File, json: Json = False) -> None:
     from narrowboat.tasks.task_set import TaskSet
     from narrowboat.tasks.words import some_names
 
-    verdict = TaskSet.load(file).admit()
+    task_set = TaskSet.load(file)
+    verdict, profiles = task_set.admit(), task_set.profiles
     if json:
-        print_json(verdict.as_json())
+        print_json({**verdict.as_json(), "profiles": profiles})
     else:
         rows = [
             (
@@ -76,6 +77,10 @@ def check(file: File, json: Json = False) -> None:
         }
         if verdict.tolerance is not None:
             facts["tolerates"] = f"{_us(verdict.tolerance)} of work more than assumed, in any busy stretch"
+        if profiles:
+            fewest = min(profile["n"] for profile in profiles.values())
+            condition = next(iter(profiles.values()))["condition"]
+            facts["measured"] = f"{fewest} passes of each network or more; {condition}"
         for place, reason in enumerate(verdict.reasons):
             facts["because" + " " * place] = reason
         for place, said in enumerate(verdict.suggestions):

@@ -28,11 +28,12 @@ def follow(live: LiveRun, file: Path) -> Record:
     try:
         while True:
             try:
-                return live.wait(_LOOK)
-            except TimeoutError:
                 if asked.is_set():
                     asked.clear()
                     _change(live, file)
+                return live.wait(_LOOK)
+            except TimeoutError:
+                continue
             except KeyboardInterrupt:
                 live.stop()
     finally:

@@ -34,7 +34,7 @@ def draw_tasks(record: Record, path: Path, start: float = 0.0, span: float = 2.0
         raise UsageError(
             f"nothing ran between {start:g} s and {start + span:g} s; the run took {record.end / 1e6:g} s"
         )
-    names = [task["name"] for task in record.setup["tasks"]]
+    names = list(record.tasks)
     colour = {name: _COLOURS[k % len(_COLOURS)] for k, name in enumerate(names)}
     figure = figure_class(figsize=(12, 3.2 + 0.5 * len(names)), layout="constrained")
     gantt, memory, responses = figure.subplots(3, 1, height_ratios=[1.2, 1, 0.5 + 0.3 * len(names)])
@@ -70,9 +70,11 @@ def _gantt(axes: Any, record: Record, shown: list[Any], colour: dict[str, str], 
 def _memory(axes: Any, record: Record) -> None:
     times = [when / 1e6 for when, _ in record.memory] or [0.0]
     held = [nbytes / _MIB for _, nbytes in record.memory] or [0.0]
-    budget = record.setup["budget_bytes"]
+    budgets = [stretch.setup["budget_bytes"] for stretch in record.stretches()]
+    budget, starts = max(budgets), [0.0, *(change.end / 1e6 for change in record.changes)]
     axes.step([*times, record.end / 1e6], [*held, held[-1]], where="post", color="#3b7dd8", linewidth=1)
-    axes.axhline(budget / _MIB, color="#c1121f", linewidth=1, linestyle="--")
+    lines = [nbytes / _MIB for nbytes in (*budgets, budgets[-1])]
+    axes.step([*starts, record.end / 1e6], lines, where="post", color="#c1121f", linewidth=1, linestyle="--")
     axes.text(0, budget / _MIB, f" budget {format_bytes(budget)}", va="bottom", fontsize=8, color="#c1121f")
     axes.set_ylim(0, budget / _MIB * 1.2)
     axes.set_ylabel("MiB", fontsize=8)
@@ -82,7 +84,7 @@ def _memory(axes: Any, record: Record) -> None:
 def _responses(axes: Any, record: Record, names: list[str], colour: dict[str, str]) -> None:
     """Every response as a dot, its bound and its deadline as lines, all as shares of the deadline."""
     found = record.responses()
-    for row, task in enumerate(record.setup["tasks"]):
+    for row, task in enumerate(record.tasks.values()):
         deadline = task["deadline_us"]
         times = [time / deadline for time in found.get(task["name"], [])]
         axes.plot(times, [row] * len(times), "|", color=colour[task["name"]], markersize=10, alpha=0.5)

@@ -143,13 +143,16 @@ class LiveRun:
             new.measures = False
             transition = plan_change(self.task_set, new)
             before = self.task_set
-            if transition.room is not None:
-                self._go(transition.room, budget=before.settings.budget)
+            room = transition.room
+            if room is not None:
+                self._go(room, budget=before.settings.budget)
+                self.task_set = room.to
             try:
                 self._go(transition)
             except NarrowboatError:
-                if transition.room is not None and self.running:
-                    self._go(plan_change(transition.room.to, before))
+                if room is not None and self.running:
+                    self._go(plan_change(room.to, before))
+                    self.task_set = before
                 raise
             self.task_set = transition.to
             return transition.to.admit()

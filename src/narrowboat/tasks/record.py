@@ -121,7 +121,7 @@ class Record:
             return [self]
         starts = [0, *(change.begin for change in self.changes)]
         ends = [*(change.begin for change in self.changes), _NEVER]
-        setups = [self.setup, *(change.setup for change in self.changes)]
+        setups = self._setups
         peaks = [*(change.peak_bytes for change in self.changes), self.premises.get("peak_bytes")]
         found = []
         for k, (begin, end) in enumerate(zip(starts, ends, strict=True)):
@@ -138,6 +138,15 @@ class Record:
                 )
             )
         return found
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """What was assumed of each task, as it was last."""
+        return {task["name"]: task for setup in self._setups for task in setup["tasks"]}
+
+    @property
+    def _setups(self) -> list[dict[str, Any]]:
+        return [self.setup, *(change.setup for change in self.changes)]
 
     def responses(self) -> dict[str, list[int]]:
         """Of all jobs that ended, by task."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from narrowboat.tasks.record import Record
+from narrowboat.tasks.record import BEYOND, JobRecord, Record
 
 
 @dataclass(frozen=True)
@@ -86,43 +87,57 @@ class Summary:
 
 
 def summarise(record: Record) -> Summary:
-    """The figures of a record."""
-    tasks = []
-    for facts in record.setup["tasks"]:
-        jobs = [job for job in record.jobs if job.task == facts["name"]]
-        times = [job.response for job in jobs if job.response is not None]
-        causes: dict[str, int] = {}
-        for job in jobs:
-            if job.cause:
-                causes[job.cause] = causes.get(job.cause, 0) + 1
-        open_jobs = [job for job in jobs if job.outcome == "unfinished"]
-        overdue = sum(job.due <= record.end for job in open_jobs)
-        tasks.append(
-            TaskSummary(
-                facts["name"],
-                facts["guaranteed"],
-                len(jobs),
-                sum(job.outcome == "done" for job in jobs),
-                sum(job.outcome not in ("done", "unfinished") for job in jobs) + overdue,
-                len(open_jobs) - overdue,
-                causes,
-                round(median(times)) if times else None,
-                max(times, default=None),
-                facts["bound_us"],
-                facts["deadline_us"],
-                sum(job.preemptions for job in jobs),
-            )
-        )
+    """The figures of a record; of tasks that changed on the way, with what was assumed last."""
+    stretches = record.stretches()
+    tasks = tuple(_of_task(record, facts) for facts in record.tasks.values())
     busy = {"compute": 0, "load": 0}
     for segment in record.segments:
         busy[segment.engine] += segment.end - segment.begin
     length = max(record.end, 1)
     return Summary(
-        tuple(tasks),
-        sum(task.late for task in tasks if task.guaranteed),
+        tasks,
+        sum(_missed(stretch) for stretch in stretches),
         busy["compute"] / length,
         busy["load"] / length,
         max((nbytes for _, nbytes in record.memory), default=0),
-        record.setup["budget_bytes"],
+        max(stretch.setup["budget_bytes"] for stretch in stretches),
         record.end / 1e6,
     )
+
+
+def _of_task(record: Record, facts: dict[str, Any]) -> TaskSummary:
+    jobs = [job for job in record.jobs if job.task == facts["name"]]
+    times = [job.response for job in jobs if job.response is not None]
+    causes: dict[str, int] = {}
+    for job in jobs:
+        if job.cause:
+            causes[job.cause] = causes.get(job.cause, 0) + 1
+    overdue, still = _unfinished(jobs, record.end)
+    return TaskSummary(
+        facts["name"],
+        facts["guaranteed"],
+        len(jobs),
+        sum(job.outcome == "done" for job in jobs),
+        sum(job.outcome not in ("done", "unfinished") for job in jobs) + overdue,
+        still,
+        causes,
+        round(median(times)) if times else None,
+        max(times, default=None),
+        facts["bound_us"],
+        facts["deadline_us"],
+        sum(job.preemptions for job in jobs),
+    )
+
+
+def _missed(stretch: Record) -> int:
+    """Deadlines of tasks that were promised theirs in this stretch, of jobs that were let in."""
+    promised = {task["name"] for task in stretch.setup["tasks"] if task["guaranteed"]}
+    jobs = [job for job in stretch.jobs if job.task in promised and not job.cause.startswith(BEYOND)]
+    return sum(job.outcome not in ("done", "unfinished") for job in jobs) + _unfinished(jobs, stretch.end)[0]
+
+
+def _unfinished(jobs: Sequence[JobRecord], end: int) -> tuple[int, int]:
+    """How many jobs that did not end are overdue, and how many are not."""
+    open_jobs = [job for job in jobs if job.outcome == "unfinished"]
+    overdue = sum(job.due <= end for job in open_jobs)
+    return overdue, len(open_jobs) - overdue

@@ -218,6 +218,19 @@ class TaskSet:
             )
         return self.require() if admitted_only else self.admit()
 
+    @property
+    def profiles(self) -> dict[str, Any]:
+        """How each network's costs were measured, by task: passes, times of its units, and what ran beside."""
+        if not self.measured:
+            return {}
+        digests, costs = self.measured["digests"], self.measured["costs"]
+        shown = ("n", "disturbed", "condition", "real_time", "units")
+        return {
+            task.name: {key: costs[digests[task.name]][key] for key in shown}
+            for task in self.settings.tasks
+            if task.name in digests
+        }
+
     def arrangement(self) -> dict[str, Any]:
         """What the executor is told of blocks, pins and memory."""
         facts = self.facts()
@@ -247,10 +260,16 @@ class TaskSet:
         Args:
             settings: the description; its tasks run networks of this set.
             tasks: with their blocks and pins as they are to be; None to allocate anew.
+
+        Raises:
+            UsageError: it names a task that this set does not have.
         """
         made = TaskSet(settings, self.folder)
         made.tell, made.chunk, made.measured = self.tell, self.chunk, self.measured
         by_name = {task.name: task for task in (tasks if tasks is not None else self.costed)}
+        unknown = [spec.name for spec in settings.tasks if spec.name not in by_name]
+        if unknown:
+            raise UsageError(f"nothing is known of {', '.join(unknown)} here: make a TaskSet of that description")
         costed = [replace(by_name[spec.name], spec=spec) for spec in settings.tasks]
         made._costed = costed
         if tasks is not None:

@@ -53,6 +53,9 @@ def plan_change(now: TaskSet, new: TaskSet) -> Transition:
     Raises:
         AdmissionError: the new set is refused, or the change would cost a deadline; nothing has changed.
     """
+    for core in ("compute_core", "load_core"):
+        if getattr(now.settings, core) != getattr(new.settings, core):
+            raise AdmissionError(f"{core} cannot be changed while tasks run: stop the run and start it anew")
     refused: AdmissionError | None = None
     for option in (new, _keeping(now, new)):
         if option is None:

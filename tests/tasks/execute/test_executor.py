@@ -110,7 +110,7 @@ def test_layers_too_large_for_a_window_are_computed_in_tiles_to_the_same_bits(
     monkeypatch.setattr("narrowboat.tasks.execute.model._TILE", 1 << 20)
     outputs: list[torch.Tensor] = []
     with opened(nets, "wide") as (model,):
-        assert len(model.units) == 9 and max(unit.nbytes for unit in model.units) < 1100 << 10  # of two layers of 4 MiB
+        assert len(model.units) == 9 and max(unit.nbytes for unit in model.units) < 1100 << 10  # of 4 MiB
         pool = PagePool(2 * max(unit.nbytes for unit in model.units))
         record = run([running(model, pool, "wide", 0, closed_loop=True, on_end=into(outputs))], pool)
     assert [job.outcome for job in record.jobs] == ["done"] * 3

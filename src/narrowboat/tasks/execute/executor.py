@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from narrowboat.errors import BudgetError, NarrowboatError
+from narrowboat.machine.malloc import trim
 from narrowboat.tasks.execute import realtime
 from narrowboat.tasks.execute.account import Account
 from narrowboat.tasks.execute.arrangement import Arrangement, Switch
@@ -27,6 +28,7 @@ from narrowboat.tasks.job import Job, TaskFacts
 from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View, held_bytes
 from narrowboat.tasks.record import Record
 
+_TIDY_FROM = 0.004  # seconds without work from which on the heap's holes are given back in them
 _GRACE = 5.0  # seconds that jobs under way at the end may take
 
 
@@ -74,6 +76,7 @@ class Executor:
         self._ran: Job | None = None
         self._retried: tuple[Job | None, int] | None = None
         self._last_tick = 0
+        self._stirred = False  # a job has run since the heap's holes were given back
         self._switch: Switch | None = None
 
     # -- reports, from other threads -------------------------------------------------------------------
@@ -180,6 +183,9 @@ class Executor:
                     if upcoming is None or upcoming.closed_loop
                     else min((upcoming.next_release - self._now()) / 1e6, 0.05)
                 )
+                if left > _TIDY_FROM and self._stirred and not self._view.pending and not self._busy():
+                    self._stirred = False
+                    trim(refill=False)  # costs are those of jobs that begin with a heap like that
                 if left > 0:
                     self._wake.wait(left)
         raise self._failure
@@ -281,7 +287,7 @@ class Executor:
         ran = self._ran
         if ran is not None and ran is not job and ran in self._under and not ran.finished:
             self._under[ran].told.preemptions += 1
-        self._ran = job
+        self._ran, self._stirred = job, True
 
     # -- what has ended --------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from narrowboat.tasks.costed import CostedTask
 from narrowboat.tasks.cutting import cut_models
 from narrowboat.tasks.spec.schema import TasksSpec
 
-EXACT = 12  # units that can be pinned, up to which every choice is looked at
+EXACT = 10  # units that can be pinned, up to which every choice is looked at
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def optimal(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
     return Allocation("optimal", best, pinned | {"": settings.budget - sum(pinned.values())})
 
 
-def _pinned(tasks: Sequence[CostedTask], settings: TasksSpec) -> tuple[CostedTask, ...]:
+def _pinned(tasks: Sequence[CostedTask], settings: TasksSpec, *, exactly: bool = True) -> tuple[CostedTask, ...]:
     best, free = tuple(tasks), choices(tasks)
-    if 0 < len(free) <= EXACT:
+    if exactly and 0 < len(free) <= EXACT:
         return _exhaustive(best, settings, free)
     if not _holds(best, settings):
         best = grow(best, settings, lambda t: 1 / t.spec.step, until_schedulable=True)
@@ -279,7 +279,7 @@ def allocate(tasks: Sequence[CostedTask], settings: TasksSpec) -> Allocation:
     """
     models = any(task.spec.blocks is None for task in tasks)
     if models:
-        tasks = cut_models(tasks, settings, lambda cut: _pinned(cut, settings), slowdown)
+        tasks = cut_models(tasks, settings, lambda cut: _pinned(cut, settings, exactly=False), slowdown)
         tasks = [task if task.spec.pinned else task.with_pins(frozenset()) for task in tasks]
     if settings.allocation is None:
         return optimal(tasks, settings) if models else as_described(tasks, settings)

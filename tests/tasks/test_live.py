@@ -16,6 +16,7 @@ from narrowboat.tasks.conform import conform
 from narrowboat.tasks.live import LiveRun
 from narrowboat.tasks.record import BEYOND, Record
 from narrowboat.tasks.summary import summarise
+from narrowboat.tasks.transition import Transition, plan_change
 
 HEAD = "budget: {budget}\nmargin: 4\ncalibration: 200ms\ntasks:\n"
 DEEP = '  - {name: deep, model: "tasks_test_nets:deep", weights: deep.safetensors, period: 500ms}\n'
@@ -116,9 +117,12 @@ def test_what_is_refused_leaves_everything_as_it_was(live: LiveRun, load: Load, 
         (load(DEEP, "1MiB"), NarrowboatError, "memory"),
         (load(DEEP.replace("500ms", "1us")), AdmissionError, "overload|deadline"),
         (read(nets, DEEP + OTHER.replace("other.safe", "gone.safe")), NarrowboatError, "gone"),
+        (load(DEEP, "900TiB"), AdmissionError, "in all"),
+        (read(nets, "  - {name: w, period: 1s, blocks: [{load: 2ms, compute: 3ms}]}\n"), UsageError, "blocks"),
+        ("tasks.yaml", UsageError, "TaskSet"),
     ):
         with pytest.raises(error, match=said):
-            live.change(wrong)
+            live.change(wrong)  # type: ignore[arg-type]
     for kept in (nets / "cache" / "tasks").iterdir():
         kept.rename(kept.with_suffix(".aside"))
     with pytest.raises(AdmissionError, match="narrowboat tasks check"):  # measuring would disturb those that run
@@ -172,7 +176,7 @@ def test_offered_inputs_have_plain_pytorchs_bits_and_are_held_to_their_contract(
     with torch.inference_mode():
         assert all(torch.equal(answer.output, plain(x)) for answer, x in zip(answers, inputs, strict=True))
     assert all(answer.response > 0 and answer.bound > 0 for answer in answers)  # type: ignore[operator]
-    assert wrong.outcome == "failed" and "shape" in wrong.cause
+    assert wrong.outcome == "failed" and "analysed for inputs [(1, 128) float32]" in wrong.cause
     # What comes beyond the contract is refused at the door, and voids nothing.
     assert [answer.outcome == "skipped" for answer in crowd] == [False, False, True, True, True]
     assert all(answer.cause.startswith(BEYOND) and "may come in" in answer.cause for answer in crowd[2:])
@@ -187,4 +191,18 @@ def test_a_run_that_is_killed_answers_nobody_any_more(load: Load) -> None:
         with pytest.raises(ExecutorError, match="ended"):
             run.submit("asked", torch.ones(1, 128)).result(1)
         with pytest.raises((ExecutorError, BudgetError), match="ended"):
+            run.set_budget("50MiB")
+
+
+def test_a_change_that_is_overtaken_by_the_end_of_the_run_says_so(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(DEEP).start() as run:
+
+        def slowly(now: TaskSet, new: TaskSet) -> Transition:
+            planned = plan_change(now, new)
+            run.stop()
+            run.wait(30)
+            return planned
+
+        monkeypatch.setattr("narrowboat.tasks.live.plan_change", slowly)
+        with pytest.raises(ExecutorError, match="ended"):
             run.set_budget("50MiB")

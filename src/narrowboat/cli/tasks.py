@@ -125,15 +125,16 @@ def run(
 
     Exit code 1 if the set is refused or a guaranteed deadline is missed.
     """
-    from narrowboat.cli.tasks_live import follow, live_view
+    from narrowboat.cli.tasks_live import follow, hangups, live_view
     from narrowboat.tasks.task_set import TaskSet
 
     task_set, length = TaskSet.load(file), _seconds(seconds)
     with (
+        hangups() as asked,
         live_view(task_set, quiet=json) as on_tick,
         task_set.start(length, on_tick=on_tick, admitted_only=not force) as live,
     ):
-        record = follow(live, file)
+        record = follow(live, file, asked)
     _report(record, trace, json, f"{file}, run")
 
 

@@ -21,23 +21,35 @@ from narrowboat.tasks.task_set import TaskSet
 _LOOK = 0.2  # seconds between looks at what was asked for
 
 
-def follow(live: LiveRun, file: Path) -> Record:
-    """The record of a run once it has ended; Ctrl-C ends it early, and signal HUP has its file read again."""
+@contextmanager
+def hangups() -> Iterator[threading.Event]:
+    """Set when signal HUP comes; also before the run has begun, for when it has."""
     asked = threading.Event()
     usual = signal.signal(signal.SIGHUP, lambda *_: asked.set())
     try:
-        while True:
-            try:
-                if asked.is_set():
-                    asked.clear()
-                    _change(live, file)
-                return live.wait(_LOOK)
-            except TimeoutError:
-                continue
-            except KeyboardInterrupt:
-                live.stop()
+        yield asked
     finally:
         signal.signal(signal.SIGHUP, usual)
+
+
+def follow(live: LiveRun, file: Path, asked: threading.Event) -> Record:
+    """The record of a run once it has ended; Ctrl-C ends it early.
+
+    Args:
+        live: the run.
+        file: is read again, for other tasks or another budget, when
+        asked: is set.
+    """
+    while True:
+        try:
+            if asked.is_set():
+                asked.clear()
+                _change(live, file)
+            return live.wait(_LOOK)
+        except TimeoutError:
+            continue
+        except KeyboardInterrupt:
+            live.stop()
 
 
 def _change(live: LiveRun, file: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from narrowboat.errors import ExecutorError, NarrowboatError, UsageError
@@ -76,14 +75,7 @@ class LiveRun:
         self._changing = threading.Lock()
         self._started: Future[None] = Future()
         self._ended: Future[Record] = Future()
-        self._folder = tempfile.TemporaryDirectory(prefix="narrowboat-")
-        self._path = Path(self._folder.name) / "record.json"
-        asked = self._asked(task_set, "run", seconds=seconds, record=str(self._path))
-        try:
-            self._child = Child(asked)
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        self._child = Child(self._asked(task_set, "run", seconds=seconds))
         self._thread = threading.Thread(target=self._listen, name="narrowboat-run", daemon=True)
         self._thread.start()
         try:
@@ -123,7 +115,7 @@ class LiveRun:
         structure, payload = to_wire(list(inputs))
         number, future = next(self._numbers), Future[Answer]()
         self._answers[number] = task, future
-        self._need_running()
+        self._need_running()  # from here on whoever hears of the end sees the future
         self._child.tell({"do": "offer", "ticket": number, "task": task, "inputs": structure}, payload)
         return future
 
@@ -138,6 +130,8 @@ class LiveRun:
             NarrowboatError: a model, weights or inputs cannot be used.
             ExecutorError: the run has ended.
         """
+        if not isinstance(new, TaskSet):
+            raise UsageError(f"change() takes a TaskSet, such as nb.TaskSet.load(...), not a {type(new).__name__}")
         with self._changing:
             self._need_running()
             new.measures = False
@@ -161,6 +155,7 @@ class LiveRun:
         """Have it done; ``budget``: that is told where the set itself does with less."""
         number, future = next(self._numbers), Future[None]()
         self._changes[number] = future
+        self._need_running()
         asked = self._asked(
             transition.to,
             "change",
@@ -176,6 +171,8 @@ class LiveRun:
 
     def set_budget(self, budget: int | str) -> Verdict:
         """The same tasks in another number of bytes. See :meth:`change`."""
+        if isinstance(budget, float):
+            raise UsageError(f"a budget is a whole number of bytes, or a string such as '256MiB', not {budget}")
         nbytes = parse_bytes(budget, what="budget")
         return self.change(self.task_set.with_settings(self.task_set.settings.model_copy(update={"budget": nbytes})))
 
@@ -206,9 +203,11 @@ class LiveRun:
 
     def _listen(self) -> None:
         try:
+            record = Record()
             for event in self._child.events():
+                if event["event"] == "done":
+                    record = Record.from_json(json.loads(event["payload"]))
                 self._heard(event)
-            record = Record.load(self._path)
         except BaseException as error:
             told = error if isinstance(error, NarrowboatError) else ExecutorError(f"the run was lost: {error!r}")
             self._ended.set_exception(told)
@@ -250,7 +249,6 @@ class LiveRun:
         self._child.process.kill()
         self._thread.join()
         self._child.close()
-        self._folder.cleanup()
 
     def __enter__(self) -> LiveRun:
         return self

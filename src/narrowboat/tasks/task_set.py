@@ -211,12 +211,20 @@ class TaskSet:
             UsageError: some tasks are no models.
             AdmissionError: the set is refused.
         """
+        self.refuse_described()
+        return self.require() if admitted_only else self.admit()
+
+    def refuse_described(self) -> None:
+        """Only models can be run.
+
+        Raises:
+            UsageError: some tasks are described by blocks.
+        """
         described_only = [task.name for task in self.settings.tasks if task.blocks is not None]
         if described_only:
             raise UsageError(
                 f"{', '.join(described_only)}: described by blocks, without a model; simulate the set, or name models"
             )
-        return self.require() if admitted_only else self.admit()
 
     @property
     def profiles(self) -> dict[str, Any]:

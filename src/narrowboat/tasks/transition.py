@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,6 +54,12 @@ def plan_change(now: TaskSet, new: TaskSet) -> Transition:
     Raises:
         AdmissionError: the new set is refused, or the change would cost a deadline; nothing has changed.
     """
+    new.refuse_described()
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if new.settings.budget > have:
+        raise AdmissionError(
+            f"the budget is {format_bytes(new.settings.budget)}, and this machine has {format_bytes(have)} in all"
+        )
     for core in ("compute_core", "load_core"):
         if getattr(now.settings, core) != getattr(new.settings, core):
             raise AdmissionError(f"{core} cannot be changed while tasks run: stop the run and start it anew")
@@ -103,7 +110,7 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
     if pause > allowed:
         raise AdmissionError(
             f"changing the tasks would keep them waiting for {format_exactly(pause)}, and their deadlines bear "
-            f"{format_exactly(allowed)}: stop the run and start it anew, or pin less",
+            f"{format_exactly(allowed)}: stop the run and start it anew, or change it in smaller steps",
             verdict,
         )
     return Transition(new, warm_setup, pause, allowed, prepare, room)

@@ -7,13 +7,13 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from narrowboat.errors import NarrowboatError
+from narrowboat.errors import NarrowboatError, UsageError
 from narrowboat.tasks.execute.arrangement import Arrangement
 from narrowboat.tasks.execute.change import Changer
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.lines import Lines
 from narrowboat.tasks.execute.load_models import Loaded
-from narrowboat.tasks.execute.wire import from_wire, to_wire
+from narrowboat.tasks.execute.wire import from_wire, shapes, to_wire
 from narrowboat.tasks.record import JobRecord
 
 if TYPE_CHECKING:
@@ -58,11 +58,25 @@ class Listener(threading.Thread):
             self._answers.put((ticket, job, output if self._answers.qsize() < _UNTOLD else None))
 
         try:
-            inputs = from_wire(told["inputs"], payload)
+            inputs = tuple(from_wire(told["inputs"], payload))
+            self._refuse_others(name, inputs)
         except NarrowboatError as error:
             ended(JobRecord(name, 0, 0, 0, outcome="failed", cause=str(error)), None)
             return
-        self._executor.offer(name, tuple(inputs), ended)
+        self._executor.offer(name, inputs, ended)
+
+    def _refuse_others(self, name: str, inputs: tuple[Any, ...]) -> None:
+        """Inputs of another shape cost something else than was analysed; they are not let in.
+
+        Raises:
+            UsageError: they are not like the example's.
+        """
+        task = next((task for task in self._executor.tasks if task.facts.name == name), None)
+        if task is None:
+            return  # the executor says so
+        given, wanted = shapes(inputs), shapes(task.model.inputs)
+        if given != wanted:
+            raise UsageError(f"the task was analysed for inputs {wanted}, and these are {given}")
 
     def _tell_answers(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import threading
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
 
     Args:
         request: ``settings``, ``folder``, ``tasks`` (facts, ends and pins by task), ``pool_bytes``, ``prefetch``,
-            ``setup``, ``seconds``, ``record`` (where to write it).
+            ``setup``, ``seconds``.
         pipe: to whoever asked.
     """
     settings = tasks_from(request["settings"])
@@ -64,11 +65,10 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
     record = executor.run(request["seconds"])
     peak = record.premises["peak_bytes"]
     record.premises["peak_over_budget_bytes"] = max(peak - executor.account.budget, 0)
-    record.save(request["record"])
     if peak > executor.account.budget:
         pipe.tell("progress", said=f"the peak was {format_bytes(peak)}, over the budget")
     space.pool.close()
-    pipe.tell("done")
+    pipe.tell("done", json.dumps(record.as_json()).encode())
 
 
 def _watched_from_aside(pipe: Pipe) -> Callable[[dict[str, Any]], None]:

@@ -35,6 +35,17 @@ def from_wire(structure: Any, payload: bytes) -> Any:
         raise UsageError(f"no tensors were sent: {error!r}") from error
 
 
+def shapes(value: Any) -> str:
+    """What is of one kind with ``value``: its structure, with the sizes and types of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {shapes(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(shapes, value)) + "]"
+    return type(value).__name__
+
+
 def _shape(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))

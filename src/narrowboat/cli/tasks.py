@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -125,6 +126,7 @@ def run(
 
     Exit code 1 if the set is refused or a guaranteed deadline is missed.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to change; PyTorch takes seconds to import
     from narrowboat.cli.tasks_live import follow, hangups, live_view
     from narrowboat.tasks.task_set import TaskSet
 

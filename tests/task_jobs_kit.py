@@ -16,17 +16,9 @@ def random_costs(rng: random.Random, least: float = 0.0) -> VaryingCosts:
 
 
 def facts(task: Task, index: int, blocks: list[Block], activation_bytes: int = 0, **more: object) -> TaskFacts:
-    return TaskFacts(
-        task.name,
-        index,
-        tuple(block.load for block in blocks),
-        tuple(block.compute for block in blocks),
-        tuple(block.nbytes for block in blocks),
-        task.deadline,
-        task.arrival.period,
-        task.priority,
-        activation_bytes=activation_bytes,
-        **more,  # type: ignore[arg-type]
+    period, priority = task.arrival.period, task.priority
+    return TaskFacts.of_blocks(
+        task.name, index, blocks, task.deadline, period, priority=priority, activation_bytes=activation_bytes, **more
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from narrowboat.tasks.conform import conform
+from narrowboat.tasks.record import Record
+
 MB = 10**6
 
 
@@ -27,3 +30,18 @@ def three(**more: Any) -> dict[str, Any]:
         ],
         **more,
     }
+
+
+# Premises that do not depend on how busy the machine is.
+ANYWHERE = (
+    "decisions at boundaries only",
+    "the right job at every boundary",
+    "arrivals within the contracts",
+    "memory within the budget",
+)
+
+
+def assert_premises(record: Record, *names: str) -> None:
+    premises = {premise.name: premise for premise in conform(record).premises}
+    for name in names:
+        assert premises[name].holds, premises[name]

@@ -12,11 +12,11 @@ import torch
 from narrowboat import TaskSet
 from narrowboat.errors import AdmissionError, BudgetError, ExecutorError, NarrowboatError, UsageError
 from narrowboat.report.tasks import draw_tasks
-from narrowboat.tasks.conform import conform
 from narrowboat.tasks.live import LiveRun
 from narrowboat.tasks.record import BEYOND, Record
 from narrowboat.tasks.summary import summarise
 from narrowboat.tasks.transition import Transition, plan_change
+from task_sets_kit import ANYWHERE, assert_premises
 
 HEAD = "budget: {budget}\nmargin: 4\ncalibration: 200ms\ntasks:\n"
 DEEP = '  - {name: deep, model: "tasks_test_nets:deep", weights: deep.safetensors, period: 500ms}\n'
@@ -61,15 +61,7 @@ def done(record: Record, task: str) -> list[int]:
 
 
 def sound(record: Record) -> None:
-    premises = {premise.name: premise for premise in conform(record).premises}
-    for name in (
-        "a record of the jobs",
-        "decisions at boundaries only",
-        "the right job at every boundary",
-        "arrivals within the contracts",
-        "memory within the budget",
-    ):
-        assert premises[name].holds, premises[name]
+    assert_premises(record, "a record of the jobs", *ANYWHERE)
 
 
 def test_a_task_joins_and_another_goes_while_the_rest_run(live: LiveRun, load: Load, nets: Path) -> None:

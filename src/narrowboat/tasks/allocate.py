@@ -95,8 +95,7 @@ def _by_shares(method: str, tasks: Sequence[CostedTask], settings: TasksSpec, we
     for k in range(settings.budget - sum(shares)):
         shares[order[k % len(tasks)]] += 1
     given = tuple(_fill(task, share) for task, share in zip(tasks, shares, strict=True))
-    by_name = {task.name: share for task, share in zip(tasks, shares, strict=True)}
-    return Allocation(method, given, by_name | {"": 0})
+    return Allocation(method, given, {task.name: share for task, share in zip(tasks, shares, strict=True)} | {"": 0})
 
 
 def _fill(task: CostedTask, share: int) -> CostedTask:

@@ -203,17 +203,14 @@ def footprint_of(task: CostedTask, settings: TasksSpec, priority: int) -> Footpr
 
 def facts_of(task: CostedTask, index: int, priority: int, swap_bytes: int = 0) -> TaskFacts:
     """As policies see it."""
-    blocks = task.blocks()
-    return TaskFacts(
+    return TaskFacts.of_blocks(
         task.name,
         index,
-        tuple(block.load for block in blocks),
-        tuple(block.compute for block in blocks),
-        tuple(block.nbytes for block in blocks),
+        task.blocks(),
         task.spec.relative_deadline,
         task.spec.step,
-        priority,
-        task.spec.guaranteed,
-        task.activation_bytes,
-        swap_bytes,
+        priority=priority,
+        guaranteed=task.spec.guaranteed,
+        activation_bytes=task.activation_bytes,
+        swap_bytes=swap_bytes,
     )

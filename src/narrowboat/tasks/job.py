@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from narrowboat.tasks.analysis.model import Block
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class TaskFacts:
     guaranteed: bool = True
     activation_bytes: int = 0
     swap_bytes: int = 0
+
+    @classmethod
+    def of_blocks(
+        cls, name: str, index: int, blocks: Sequence[Block], deadline: int, period: int, **more: Any
+    ) -> TaskFacts:
+        """Of a task that is cut so; ``more`` are the other attributes."""
+        loads, computes, nbytes = zip(*((block.load, block.compute, block.nbytes) for block in blocks), strict=True)
+        return cls(name, index, loads, computes, nbytes, deadline, period, **more)
 
     @property
     def blocks(self) -> int:

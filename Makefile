@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench bench-plan bench-generate clean
+.PHONY: help venv install demo test lint format bench bench-plan bench-generate bench-training clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench-plan: $(STAMP)  ## plans predicted and measured, schemes, ablations, live 
 
 bench-generate: $(STAMP)  ## measure decoding against accelerate, AirLLM and mmap, and sweeps of many inputs (ARGS=...)
 	$(BIN)/python benchmarks/generate.py $(ARGS)
+
+bench-training: $(STAMP)  ## measure training against recompute, accumulation, torch.compile and accelerate (ARGS=...)
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "narrowboat"
 FLOORS = [
     {"cli"},
     {"demo"},
-    {"report"},
-    {"tasks"},
+    {"report", "integrations"},
+    {"tasks", "train"},
     {"stream"},
     {"profile"},
     {"plan"},

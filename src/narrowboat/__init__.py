@@ -6,6 +6,9 @@
     y = model(x)                    # the same bits as plain PyTorch
     nb.session(model).stats()       # what it cost
 
+    step = nb.train_step(model, loss_fn, optimizer, budget="1.5GiB")
+    loss = step(inputs, targets)    # the gradients of the plain step
+
 ``import narrowboat`` imports neither torch nor anything else that is slow; each name is loaded when first used.
 """
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from narrowboat.stream.pretrained import stream_pretrained
     from narrowboat.stream.session import Session
     from narrowboat.tasks.task_set import TaskSet
+    from narrowboat.train.recompute import checkpoint_plan
+    from narrowboat.train.step import TrainStep, train_step
 
 __version__ = "0.1.0"
 
@@ -31,21 +36,27 @@ __all__ = [
     "NarrowboatError",
     "Session",
     "TaskSet",
+    "TrainStep",
+    "checkpoint_plan",
     "errors",
     "pack",
     "session",
     "stream",
     "stream_pretrained",
+    "train_step",
 ]
 
 _LAZY = {
     "Session": "narrowboat.stream.session:Session",
     "TaskSet": "narrowboat.tasks.task_set:TaskSet",
+    "TrainStep": "narrowboat.train.step:TrainStep",
+    "checkpoint_plan": "narrowboat.train.recompute:checkpoint_plan",
     "pack": "narrowboat.checkpoint:pack",
     "session": "narrowboat.stream.api:session",
     # The package itself, which can be called: see `_callable_module`.
     "stream": "narrowboat.stream:",
     "stream_pretrained": "narrowboat.stream.pretrained:stream_pretrained",
+    "train_step": "narrowboat.train.step:train_step",
 }
 
 

@@ -130,3 +130,19 @@ class AdmissionError(NarrowboatError):
 
 class ExecutorError(NarrowboatError):
     """The process that runs the tasks ended by itself, or could not be started."""
+
+
+class TrainingError(NarrowboatError):
+    """A training step cannot be made, or could not be carried out; the model is as it was before the step."""
+
+
+class LossError(TrainingError):
+    """The loss cannot be used: not a scalar, not finite, or no mean over samples where the batch has to be split."""
+
+
+class ReplayError(TrainingError):
+    """An activation that was dropped could not be computed again as it was."""
+
+
+class SpillError(StorageError):
+    """The folder for activations, gradients or optimizer state cannot be used: full, gone, or not writable."""

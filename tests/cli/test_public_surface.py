@@ -24,6 +24,7 @@ def test_import_loads_no_torch() -> None:
     [
         "import narrowboat.stream.session, narrowboat.checkpoint.pack; import narrowboat as nb",
         "import narrowboat as nb; nb.session; nb.stream; nb.pack; import narrowboat.stream.session",
+        "import narrowboat.train.recipes.loop; import narrowboat as nb",
     ],
 )
 def test_every_name_works_after_any_order_of_imports(imports: str) -> None:
@@ -36,6 +37,30 @@ def test_every_name_works_after_any_order_of_imports(imports: str) -> None:
         "assert nb.Session is Session and callable(stream)\n"
         "assert issubclass(nb.errors.BudgetError, nb.NarrowboatError)\n"
         "try:\n    nb.stream()\nexcept TypeError as error:\n    assert 'stream()' in str(error), error\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_the_training_step_is_the_one_of_its_room() -> None:
+    from narrowboat.train.step import TrainStep, train_step
+
+    assert nb.train_step is train_step
+    assert nb.TrainStep is TrainStep
+
+
+def test_every_public_name_can_be_had() -> None:
+    found = {name: getattr(nb, name) for name in nb.__all__}
+    assert {"TrainStep", "checkpoint_plan", "train_step"} <= found.keys()
+    assert all(callable(found[name]) for name in found.keys() - {"errors"})
+
+
+def test_every_command_is_known_without_torch() -> None:
+    finished = _run(
+        "import sys\n"
+        "from narrowboat.cli.app import COMMANDS, build_command\n"
+        "assert set(build_command().commands) == set(COMMANDS) >= {'plan', 'run', 'train', 'tasks'}\n"
+        "import narrowboat.cli.train, narrowboat.cli.plan\n"
+        "sys.exit('torch' in sys.modules)"
     )
     assert finished.returncode == 0, finished.stderr
 

@@ -12,6 +12,7 @@ import torch
 
 from narrowboat import zoo
 from narrowboat.errors import ModelError, UsageError, WeightsNotFoundError
+from narrowboat.zoo.gpt import GPT
 from narrowboat.zoo.model import ZooModel, images, on_call
 
 
@@ -27,16 +28,23 @@ def _on_meta(name: str) -> torch.nn.Module:
         return zoo.get(name)()
 
 
-# torchvision states VGG-19, ResNet-101, ViT-L/16 and FCN (54,314,346 with the auxiliary head of 2,365,205 that is left
-# out here); YOLOv3's is Darknet's file less the running statistics; TinyLlama's is its paper's 1.1 B.
+# torchvision states VGG-19, the ResNets, DenseNet-121, MobileNet-v2, ViT-L/16 and FCN (54,314,346 with the auxiliary
+# head of 2,365,205 that is left out here); YOLOv3's is Darknet's file less the running statistics; TinyLlama's is its
+# paper's 1.1 B; BERT-small's is the published encoder and a two-class head. The decoder of 12 blocks is nobody's but
+# ours: tokens, places, then 12 n^2 + 13 n in each block and a last norm.
 PUBLISHED_PARAMETERS = {
     "vgg19": 143_667_240,
+    "resnet50": 25_557_032,
     "resnet101": 44_549_160,
+    "densenet121": 7_978_856,
+    "mobilenet_v2": 3_504_872,
     "yolov3": 61_949_149,
     "fcn": 54_314_346 - 2_365_205,
     "vit_large": 304_326_632,
     "llama_1b": 1_100_048_384,
     "minilm": 22_713_216,
+    "bert_small": 28_763_648 + 2 * 512 + 2,
+    "gpt12": (8192 + 512) * 512 + 12 * (12 * 512**2 + 13 * 512) + 2 * 512,
     "efficientnet_lite2": 6_092_072,
 }
 
@@ -50,6 +58,26 @@ def test_parameter_count_is_the_published_one(name: str, count: int) -> None:
     module = _on_meta(name)
     assert sum(parameter.numel() for parameter in module.parameters()) == count
     assert not module.training
+
+
+def test_the_decoder_is_gpt_2_small_unless_told_otherwise() -> None:
+    with torch.device("meta"):
+        module = GPT()
+    assert sum(parameter.numel() for parameter in module.parameters()) == 124_439_808
+
+
+def test_the_decoder_sees_no_later_token_and_drops_only_in_training() -> None:
+    torch.manual_seed(0)
+    module = GPT(vocabulary=32, context=8, width=16, layers=2, heads=2, dropout=0.5).eval()
+    ids = torch.arange(8)[None]
+    changed = ids.clone()
+    changed[0, 5] = 31
+    with torch.no_grad():
+        logits, others = module(ids), module(changed)
+        assert torch.equal(logits[:, :5], others[:, :5])
+        assert not torch.equal(logits[:, 5:], others[:, 5:])
+        assert torch.equal(module(ids), logits)
+        assert not torch.equal(module.train()(ids), logits)
 
 
 def test_yolov3_holds_as_many_numbers_as_darknets_weights_file() -> None:
@@ -67,7 +95,11 @@ def test_vit_large_and_llama_have_the_published_bytes() -> None:
     ("name", "shapes"),
     [
         ("vgg19", [(2, 1000)]),
+        ("resnet50", [(2, 1000)]),
         ("resnet101", [(2, 1000)]),
+        ("densenet121", [(2, 1000)]),
+        ("mobilenet_v2", [(2, 1000)]),
+        ("gpt12", [(2, 256, 8192)]),
         ("yolov3", [(2, 255, 13, 13), (2, 255, 26, 26), (2, 255, 52, 52)]),
         ("fcn", [(2, 21, 224, 224)]),
         ("vit_large", [(2, 1000)]),

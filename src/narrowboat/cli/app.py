@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("narrowboat.cli.plan:plan", "Show what would be resident, what streamed, and how fast."),
     "run": ("narrowboat.cli.run:run", "Run a model inside a byte budget."),
     "generate": ("narrowboat.cli.generate:generate", "Text from a language model inside a byte budget."),
+    "train": ("narrowboat.cli.train:train", "Train a model inside a byte budget, by a ready recipe."),
     "tasks": ("narrowboat.cli.tasks:app", "Many models in one budget, with deadlines that are kept."),
     "bench": ("narrowboat.cli.bench:bench", "Measure a model against the alternatives."),
     "zoo": ("narrowboat.cli.zoo:app", "Published architectures to experiment with."),

@@ -1,4 +1,4 @@
-"""``narrowboat plan``: what a budget would give, without running the model."""
+"""``narrowboat plan``: what a budget would give, without running the model or (``--train``) training it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,33 @@ from typing import Annotated, Any
 import typer
 
 from narrowboat.cli.budget import resolve_budget
-from narrowboat.cli.options import BudgetOption, InputOption, ModelArgument, WeightsOption
+from narrowboat.cli.options import (
+    BatchNorm,
+    BatchNormOption,
+    BudgetOption,
+    InputOption,
+    LengthOption,
+    ModelArgument,
+    Optimizer,
+    OptimizerOption,
+    SizeOption,
+    SpillOption,
+    TechniquesOption,
+    WeightsOption,
+    technique_names,
+)
 from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
 from narrowboat.errors import UsageError
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes, parse_seconds
 from narrowboat.zoo.request import find_request
 
+# Options that say nothing about the other kind of plan.
+_OF_RUNNING = ("input", "bandwidth", "target_latency", "measure", "profile", "scheme", "objective", "blocks")
+_OF_TRAINING = ("batch", "spill", "batch_norm", "optimizer", "length", "size", "techniques")
+
 
 def plan(
+    context: typer.Context,
     model: ModelArgument,
     weights: WeightsOption = None,
     budget: BudgetOption = None,
@@ -40,12 +59,43 @@ def plan(
         str, typer.Option(help="throughput: passes back to back; latency: passes with pauses between them.")
     ] = "throughput",
     blocks: Annotated[bool, typer.Option("--blocks", help="List every block and where it lives.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Plan a training step instead; the options below are for it.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples per step; 32 without it.")] = None,
+    spill: SpillOption = None,
+    batch_norm: BatchNormOption = BatchNorm.AUTO,
+    optimizer: OptimizerOption = Optimizer.ADAMW,
+    length: LengthOption = None,
+    size: SizeOption = None,
+    techniques: TechniquesOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what would be resident, what streamed, and how long a pass would take.
 
+    With --train: what a training step would keep, recompute and put on storage, and time against memory.
+
     Exit code 1 if the budget cannot hold the model; the message (with --json the document) has the smallest that can.
     """
+    _check_options(context, train)
+    if train:
+        from narrowboat.cli.plan_train import plan_train
+
+        plan_train(
+            model,
+            weights=weights,
+            budget=budget,
+            batch=batch or 32,
+            spill=spill,
+            batch_norm=batch_norm.value,
+            optimizer=optimizer.value,
+            techniques=technique_names(techniques),
+            length=length,
+            size=size,
+            curve=curve,
+            json=json,
+        )
+        return
     target = None if target_latency is None else parse_seconds(target_latency, what="target latency")
     if target == 0:
         raise UsageError("the target latency must be more than zero")
@@ -122,6 +172,14 @@ def plan(
             ],
             right=["bytes", "waits"],
         )
+
+
+def _check_options(context: typer.Context, train: bool) -> None:
+    """Refuse options that would do nothing."""
+    for name in _OF_RUNNING if train else _OF_TRAINING:
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            told = "does nothing with --train" if train else "is for training steps: give --train with it"
+            raise UsageError(f"--{name.replace('_', '-')} {told}")
 
 
 def _rows(text: str) -> list[tuple[str, str]]:

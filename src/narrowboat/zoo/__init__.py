@@ -21,10 +21,28 @@ vgg19 = ZooModel(
     build=on_call("narrowboat.zoo.vgg:VGG19"),
     inputs=images(3, 224, 224),
 )
+resnet50 = ZooModel(
+    name="resnet50",
+    description="ResNet-50, image classification, 26 M parameters",
+    build=on_call("narrowboat.zoo.resnet:resnet50"),
+    inputs=images(3, 224, 224),
+)
 resnet101 = ZooModel(
     name="resnet101",
     description="ResNet-101, image classification, 45 M parameters",
-    build=on_call("narrowboat.zoo.resnet:ResNet101"),
+    build=on_call("narrowboat.zoo.resnet:resnet101"),
+    inputs=images(3, 224, 224),
+)
+densenet121 = ZooModel(
+    name="densenet121",
+    description="DenseNet-121, image classification, 8 M parameters",
+    build=on_call("narrowboat.zoo.densenet:DenseNet"),
+    inputs=images(3, 224, 224),
+)
+mobilenet_v2 = ZooModel(
+    name="mobilenet_v2",
+    description="MobileNet-v2, image classification, 3.5 M parameters",
+    build=on_call("narrowboat.zoo.mobilenet:MobileNetV2"),
     inputs=images(3, 224, 224),
 )
 yolov3 = ZooModel(
@@ -73,9 +91,37 @@ minilm = ZooModel(
     extra="demo",
     find_weights=on_call("narrowboat.zoo.bert:weights"),
 )
+bert_small = ZooModel(
+    name="bert_small",
+    description="BERT-small with a two-class head, text classification, 29 M parameters",
+    build=on_call("narrowboat.zoo.bert:small"),
+    inputs=token_ids(30_522, 128),
+    extra="hf",
+)
+gpt12 = ZooModel(
+    name="gpt12",
+    description="Decoder of 12 blocks as in GPT-2, 512 wide, next-token logits, 42 M parameters",
+    build=on_call("narrowboat.zoo.gpt:gpt12"),
+    inputs=token_ids(8192, 256),
+)
 
 MODELS: dict[str, ZooModel] = {
-    model.name: model for model in (vgg19, resnet101, yolov3, fcn, vit_large, efficientnet_lite2, llama_1b, minilm)
+    model.name: model
+    for model in (
+        vgg19,
+        resnet50,
+        resnet101,
+        densenet121,
+        mobilenet_v2,
+        yolov3,
+        fcn,
+        vit_large,
+        efficientnet_lite2,
+        llama_1b,
+        minilm,
+        bert_small,
+        gpt12,
+    )
 }
 
 
@@ -93,11 +139,16 @@ def get(name: str) -> ZooModel:
 __all__ = [
     "MODELS",
     "ZooModel",
+    "bert_small",
+    "densenet121",
     "efficientnet_lite2",
     "fcn",
     "get",
+    "gpt12",
     "llama_1b",
     "minilm",
+    "mobilenet_v2",
+    "resnet50",
     "resnet101",
     "vgg19",
     "vit_large",

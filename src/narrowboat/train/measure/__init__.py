@@ -1,0 +1,1 @@
+"""What a training step costs: a pass on fake tensors, or on a few real samples, as a ``Tape``."""

@@ -1,0 +1,303 @@
+"""A dispatch mode that writes down a pass: operators, storages, their lives, and what autograd saves.
+
+It runs over fake tensors (nothing is computed or allocated) as well as over real ones (then durations are measured).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from narrowboat.train.tape.facts import facts_of
+from narrowboat.train.tape.leaves import plain, tensors_in, written_tensors
+from narrowboat.train.tape.storages import StorageNumbers
+from narrowboat.train.tape.structure import BackwardEvent, Tape, TapeOp, TapeStorage
+
+_INT16_MAX, _INT32_MAX = (1 << 15) - 1, (1 << 31) - 1
+_SMALLEST_TO_SHRINK = 4096  # bytes; below it the bookkeeping costs more than it saves
+
+
+class _Kept:
+    """What the graph holds for a saved tensor; its end is the end of the saving."""
+
+    __slots__ = ("meter", "number", "saved_at", "tensor")
+
+    def __init__(self, meter: Meter, number: int, saved_at: int, tensor: torch.Tensor) -> None:
+        self.meter = meter
+        self.number = number
+        self.saved_at = saved_at
+        self.tensor = tensor
+
+    def __del__(self) -> None:
+        self.meter.note("done", self.number, self.saved_at)
+
+
+class Meter(TorchDispatchMode):
+    """Writes down one forward pass, and the backward pass if one follows.
+
+    Args:
+        model: whose modules' names are noted with the operators; None for no names.
+        keep: whether autograd's saved tensors are kept (a backward pass follows) or forgotten at once, which shows
+            how long storages live when nothing is saved.
+    """
+
+    def __init__(self, model: nn.Module | None, *, keep: bool) -> None:
+        super().__init__()
+        self._names = {id(module): name for name, module in model.named_modules()} if model is not None else {}
+        self._keep = keep
+        self._numbers = StorageNumbers(self._died)
+        self._modules: list[str] = []
+        self._forward = True
+        self._off = False
+        self._ops: list[TapeOp] = []
+        self._storages: list[TapeStorage] = []
+        self._outside_changed: set[int] = set()
+        self._sizes: dict[int, int] = {}  # of storages made in the backward pass that are alive
+        self._live = 0
+        self._changes: list[tuple[str, int, int, int, float]] = []
+        self._began = 0.0
+        self._gradients: set[int] = set()
+        self._forward_began = time.perf_counter()
+        self.forward_seconds = 0.0
+        self.backward_seconds = 0.0
+
+    # -- the two passes ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """The forward pass goes on inside."""
+        before = nn.modules.module.register_module_forward_pre_hook(self._enter_module)
+        after = nn.modules.module.register_module_forward_hook(self._leave_module)
+        self._forward_began = time.perf_counter()
+        try:
+            with saved_tensors_hooks(self._pack, self._unpack), self:
+                yield
+        finally:
+            before.remove()
+            after.remove()
+            self.forward_seconds = time.perf_counter() - self._forward_began
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """The backward pass goes on inside."""
+        self._forward = False
+        self._began = time.perf_counter()
+        try:
+            with self:
+                yield
+        finally:
+            self.backward_seconds = time.perf_counter() - self._began
+
+    def take_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """After the backward pass: these parameters' gradients are not temporaries of it."""
+        for parameter in parameters:
+            if parameter.grad is not None and plain(parameter.grad):
+                number = self._numbers.get(parameter.grad.untyped_storage())
+                if number is not None:
+                    self._gradients.add(number)
+
+    def stop(self) -> None:
+        """Note nothing any more, whatever dies later."""
+        self._off = True
+        self._numbers.clear()
+
+    # -- what is noted -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        facts = facts_of(func)
+        if facts.view:
+            return func(*args, **kwargs)
+        start = time.perf_counter()
+        out = func(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        if not self._forward:
+            self._note_backward(out)
+            return out
+        read: list[int] = []
+        outside: list[int] = []
+        for tensor in tensors_in((args, kwargs)):
+            if plain(tensor):
+                number = self._numbers.require(tensor.untyped_storage())
+                (read if number >= 0 else outside).append(number)
+        written = [
+            self._numbers.require(tensor.untyped_storage())
+            for tensor in written_tensors(facts, args, kwargs)
+            if plain(tensor)
+        ]
+        created: list[int] = []
+        for tensor in tensors_in(out):
+            if plain(tensor) and self._numbers.get(tensor.untyped_storage()) is None:
+                created.append(self._create(tensor, func, args))
+        changed = tuple(dict.fromkeys(n for n in written if n >= 0))
+        outside_changed = tuple(dict.fromkeys(n for n in written if n < 0))
+        if not created and not changed and not outside_changed:
+            return out
+        index = len(self._ops)
+        for number in changed:
+            self._storages[number].last_write = index
+            if facts.name in ("aten::bernoulli_", "aten::native_dropout"):
+                self._storages[number].shrinks = max(self._storages[number].nbytes // 32, 1)
+        self._outside_changed.update(outside_changed)
+        self._ops.append(
+            TapeOp(
+                index=index,
+                name=facts.name,
+                kind=facts.kind,
+                module=self._modules[-1] if self._modules else "",
+                random=facts.random,
+                created=tuple(created),
+                read=tuple(dict.fromkeys(read)),
+                changed=changed,
+                outside=tuple(outside),
+                outside_changed=outside_changed,
+                seconds=seconds,
+            )
+        )
+        return out
+
+    def _create(self, tensor: torch.Tensor, func: Any, args: tuple[Any, ...]) -> int:
+        storage = tensor.untyped_storage()
+        number = self._numbers.add_inside(storage)
+        index = len(self._ops)
+        self._storages.append(
+            TapeStorage(number, storage.nbytes(), index, index, shrinks=_shrinks(tensor, storage.nbytes(), args))
+        )
+        return number
+
+    def _note_backward(self, out: Any) -> None:
+        for tensor in tensors_in(out):
+            if plain(tensor) and self._numbers.get(tensor.untyped_storage()) is None:
+                storage = tensor.untyped_storage()
+                number = self._numbers.add_inside(storage)
+                self._sizes[number] = storage.nbytes()
+                self._changes.append(("born", number, 0, storage.nbytes(), time.perf_counter() - self._began))
+
+    def _died(self, number: int) -> None:
+        if self._off or number < 0:
+            return
+        if number < len(self._storages):
+            if self._forward:
+                self._storages[number].dies = len(self._ops)
+        elif number in self._sizes:
+            size = self._sizes.pop(number)
+            self._changes.append(("died", number, 0, size, time.perf_counter() - self._began))
+
+    def note(self, kind: str, number: int, saved_at: int) -> None:
+        """A saved tensor was asked for, or let go."""
+        if not self._forward and not self._off:
+            self._changes.append((kind, number, saved_at, 0, time.perf_counter() - self._began))
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        if not plain(tensor):
+            return tensor
+        number = self._numbers.get(tensor.untyped_storage())
+        if number is None or number < 0:
+            return tensor
+        at = len(self._ops)
+        self._storages[number].saved_at.append(at)
+        return _Kept(self, number, at, tensor) if self._keep else None
+
+    def _unpack(self, kept: Any) -> torch.Tensor:
+        if isinstance(kept, _Kept):
+            self.note("need", kept.number, kept.saved_at)
+            return kept.tensor
+        return kept
+
+    def _enter_module(self, module: nn.Module, _: Any) -> None:
+        self._modules.append(self._names.get(id(module), self._modules[-1] if self._modules else ""))
+
+    def _leave_module(self, module: nn.Module, _: Any, __: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+
+    # -- what comes of it ----------------------------------------------------------------------------------------
+
+    def tape(self, batch: int) -> Tape:
+        """The pass as numbers."""
+        events: list[BackwardEvent] = []
+        live = 0
+        for kind, number, saved_at, size, seconds in self._changes:
+            if number in self._gradients:
+                continue
+            if kind in ("born", "died"):
+                live += size if kind == "born" else -size
+                events.append(BackwardEvent("live", number, 0, live, seconds))
+            else:
+                events.append(BackwardEvent(kind, number, saved_at, live, seconds))
+        return Tape(
+            ops=self._ops,
+            storages=self._storages,
+            backward=events,
+            batch=batch,
+            outside_changed=frozenset(self._outside_changed),
+            forward_seconds=self.forward_seconds,
+            backward_seconds=self.backward_seconds,
+        )
+
+
+def _shrinks(tensor: torch.Tensor, nbytes: int, args: tuple[Any, ...]) -> int:
+    if nbytes < _SMALLEST_TO_SHRINK:
+        return 0
+    if tensor.dtype == torch.bool:
+        return nbytes // 8
+    if tensor.dtype == torch.int64 and args and isinstance(args[0], torch.Tensor) and args[0].dim() >= 3:
+        # Pooling gives indices into one plane of its input.
+        plane = args[0][0, 0].numel() if args[0].dim() > 3 else args[0].shape[-1]
+        return nbytes // 4 if plane <= _INT16_MAX else nbytes // 2 if plane <= _INT32_MAX else 0
+    return 0
+
+
+def walk(
+    model: nn.Module | None,
+    loss: Callable[[], torch.Tensor],
+    parameters: list[nn.Parameter],
+    batch: int,
+    *,
+    backward: bool = True,
+) -> Tape:
+    """Write down a pass.
+
+    Args:
+        model: for the modules' names.
+        loss: runs the forward pass; called once, or twice where ``backward``.
+        parameters: those that get gradients; their ``grad`` is None before and after.
+        batch: samples in the pass.
+        backward: whether a backward pass is run and written down too.
+
+    Returns:
+        The tape: lives of storages as they are when autograd keeps nothing, savings, and the backward pass.
+    """
+    meter = Meter(model, keep=False)
+    with meter.forward():
+        value = loss()
+    meter.stop()
+    del value
+    natural = meter.tape(batch)
+    if not backward:
+        return natural
+    meter = Meter(model, keep=True)
+    try:
+        with meter.forward():
+            value = loss()
+        with meter.backward():
+            value.backward()
+        meter.take_gradients(parameters)
+    finally:
+        meter.stop()
+        for parameter in parameters:
+            parameter.grad = None
+    tape = meter.tape(batch)
+    if tape.signature() == natural.signature():
+        for storage, alone in zip(tape.storages, natural.storages, strict=True):
+            storage.dies = alone.dies
+    return tape

@@ -1,0 +1,410 @@
+"""How one training step fits into its bytes: micro-batches and recomputation chosen together, by predicted time.
+
+SAGE (Gim and Ko, MobiSys 2022) first makes micro-batches smaller, down to where throughput falls, and then recomputes.
+Here every number of micro-batches is planned with the fastest schedule that its bytes allow, and the fastest of all
+is taken: that gives SAGE's order where small micro-batches cost nothing, and recomputation first where they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from narrowboat.errors import BudgetError
+from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, frontier, solve
+from narrowboat.quantities import format_bytes
+from narrowboat.train.measure.chain import Rates, Techniques, TrainingChain, build_chain
+from narrowboat.train.measure.simulate import Foreseen, foresee
+from narrowboat.train.measure.study import Study
+from narrowboat.train.static import StaticBytes
+from narrowboat.train.tape.frames import StepPlan, compile_plan
+from narrowboat.train.tiers import Tier
+
+MARGIN_SHARE = 0.04  # of activations: what the operators' kernels take inside
+MARGIN_LEAST = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Premises:
+    """What a plan is made from.
+
+    Attributes:
+        tiers: where gradients and optimizer state may be, quickest first.
+        splittable: why the batch must not be split; "" if it may.
+        techniques: what may be used.
+        rates: of the machine.
+        in_flight: bytes that the spill pool may hold.
+        slack: bytes of the allocator beyond tensors, as measured; 0 before that.
+        unsafe: storages whose replay was seen to give other bits.
+        accumulate: micro-batches may be used.
+        parts: the number of micro-batches, if it is given.
+        joint: passes of micro-batches that are all under way at once and meet at each BatchNorm; None where they
+            follow each other.
+    """
+
+    tiers: tuple[Tier, ...]
+    splittable: str = ""
+    techniques: Techniques = field(default_factory=Techniques)
+    rates: Rates = field(default_factory=Rates)
+    in_flight: int = 0
+    slack: int = 0
+    unsafe: frozenset[int] = frozenset()
+    accumulate: bool = True
+    parts: int | None = None
+    joint: Study | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """One step's plan.
+
+    Attributes:
+        budget: bytes, everything included.
+        parts: micro-batches.
+        micro_batch: samples in each (the last may have fewer).
+        static: bytes held whatever the passes' plan, by class.
+        tier: where gradients and optimizer state are.
+        activations: predicted bytes at the worst moment beyond those, with its margin.
+        predicted_peak: bytes in all.
+        predicted_seconds: of forward and backward of the whole batch.
+        plain_seconds: the same of the plain step.
+        plain_peak: bytes that the plain step takes in all.
+        min_budget: the smallest budget with a plan.
+        bottleneck: the part of the model that sets it.
+        schedule: which units are kept, reduced, recomputed, spilled, in words.
+        refused: what was not used, and why.
+        spilled: bytes written to storage per step.
+        step: for the tape; None where the plain step fits.
+        foreseen: the operator-level count of ``step``.
+    """
+
+    budget: int
+    parts: int
+    micro_batch: int
+    static: StaticBytes
+    tier: Tier
+    activations: int
+    predicted_peak: int
+    predicted_seconds: float
+    plain_seconds: float
+    plain_peak: int
+    min_budget: int
+    bottleneck: str
+    schedule: str
+    refused: tuple[str, ...]
+    spilled: int
+    step: StepPlan | None
+    foreseen: Foreseen | None
+    unit_names: tuple[str, ...] = ()
+
+    def for_samples(self, samples: int) -> TrainPlan:
+        """The same plan for a batch of fewer samples (the ragged last one): fewer or smaller micro-batches."""
+        return replace(self, parts=-(-samples // self.micro_batch))
+
+    @property
+    def predicted_slowdown(self) -> float:
+        """Predicted time over the plain step's."""
+        return self.predicted_seconds / self.plain_seconds if self.plain_seconds else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports and JSON."""
+        return {
+            "budget_bytes": self.budget,
+            "min_budget_bytes": self.min_budget,
+            "bottleneck": self.bottleneck,
+            "bytes": {**self.static.as_dict(), "activations": self.activations},
+            "predicted_peak_bytes": self.predicted_peak,
+            "plain_peak_bytes": self.plain_peak,
+            "predicted_slowdown": round(self.predicted_slowdown, 3),
+            "tier": self.tier.name,
+            "micro_batches": self.parts,
+            "micro_batch": self.micro_batch,
+            "schedule": self.schedule,
+            "spilled_bytes": self.spilled,
+            "refused": list(self.refused),
+        }
+
+    def __str__(self) -> str:
+        classes = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.static.as_dict().items() if size)
+        lines = [
+            f"budget {format_bytes(self.budget)} (smallest {format_bytes(self.min_budget)}, set by {self.bottleneck})",
+            f"predicted peak {format_bytes(self.predicted_peak)}: {classes}, "
+            f"activations {format_bytes(self.activations)}; the plain step takes {format_bytes(self.plain_peak)}",
+            f"{self.parts} micro-batch{'es' if self.parts > 1 else ''} of {self.micro_batch}, "
+            f"predicted {self.predicted_slowdown:.2f} times the plain step's time",
+            f"units: {self.schedule}",
+        ]
+        if self.tier.name != "memory":
+            what = "optimizer state" if self.tier.name == "state" else "optimizer state and gradients"
+            lines.append(f"{what} on storage, stepped bucket by bucket")
+        if self.tier.window:
+            lines.append(f"weights on storage, taking turns in {format_bytes(self.tier.window)}")
+        if self.spilled:
+            lines.append(f"{format_bytes(self.spilled)} to storage in each step")
+        lines += [f"not used: {reason}" for reason in self.refused]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One thing to try: so many micro-batches, with or without activations on storage, on one tier."""
+
+    parts: int
+    size: int
+    spill: bool
+    tier: Tier
+
+
+class Planner:
+    """Plans for one study; what it works out for one budget serves the next."""
+
+    def __init__(self, study: Study, premises: Premises) -> None:
+        self._study = study
+        self.premises = premises
+        self._chains: dict[tuple[int, bool, bool], TrainingChain] = {}
+        self._least: tuple[int, str] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Samples in the largest batch that it plans for."""
+        return self._study.batch
+
+    def forget(self, unsafe: frozenset[int]) -> None:
+        """Plan anew without replaying these storages."""
+        self.premises = replace(self.premises, unsafe=self.premises.unsafe | unsafe)
+        self._chains.clear()
+        self._least = None
+
+    def replay_of_everything(self) -> StepPlan | None:
+        """For a check: what replays all that any plan may replay; None where nothing may be."""
+        techniques = self.premises.techniques
+        made = self.chain(self._study.batch)
+        last = len(made.options) - 1
+        if last < 1 or not (techniques.recompute or techniques.reduce):
+            return None
+        inside = tuple(Kept(unit) for unit in range(last))
+        items = (Segment(0, last, inside), Kept(last))
+        return compile_plan(made.tape, made.cuts, made.options, items)
+
+    def chain(self, size: int, *, spill: bool = False, together: bool = False) -> TrainingChain:
+        """The chain of a micro-batch of ``size`` samples; ``together``: one that meets the others in lockstep."""
+        key = (size, spill, together)
+        if key not in self._chains:
+            premises = self.premises
+            study = premises.joint if together and premises.joint is not None else self._study
+            self._chains[key] = build_chain(
+                study.tape(size), replace(premises.techniques, spill=spill), premises.rates, unsafe=premises.unsafe
+            )
+        return self._chains[key]
+
+    def _chain_of(self, way: _Way) -> TrainingChain:
+        return self.chain(way.size, spill=way.spill, together=self._together(way))
+
+    def _ways(self) -> list[_Way]:
+        storage = self.premises.techniques.spill and self.premises.rates.write is not None
+        return [
+            _Way(parts, -(-self._study.batch // parts), spill, tier)
+            for tier in self.premises.tiers
+            for parts in self._parts()
+            for spill in ((False, True) if storage else (False,))
+        ]
+
+    def _parts(self) -> list[int]:
+        premises = self.premises
+        if premises.parts is not None:
+            return [max(1, min(premises.parts, self._study.batch))]
+        if premises.splittable or not premises.accumulate:
+            return [1]
+        sizes, size = [], self._study.batch
+        while size > 0:
+            sizes.append(size)
+            size //= 2
+        return list(dict.fromkeys(-(-self._study.batch // size) for size in sizes)) or [1]
+
+    def plain(self) -> tuple[float, int]:
+        """Seconds and activation bytes of the plain step."""
+        chain = self.chain(self._study.batch).chain
+        return evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])
+
+    def minimum(self) -> tuple[int, str]:
+        """The smallest budget with a plan, and what sets it."""
+        if self._least is None:
+            ways = self._ways()
+            # Fewer samples never need more, but for the second copy of a gradient that accumulation takes.
+            ends = {way.parts for way in (ways[0], ways[-1])}
+            found = []
+            for way in ways:
+                if way.parts in ends and way.tier is self._leanest():
+                    table = self._solve(way, 0)
+                    schedule = table.best(table.minimum)
+                    together = table.minimum * (way.parts if self._together(way) else 1)
+                    needed = max(together, self._count(way, schedule, self._compiled(way, schedule)[1]))
+                    found.append((self._total(needed, way), table.bottleneck))
+            least, unit = min(found)
+            static = self._leanest().static
+            name, size = max(static.as_dict().items(), key=lambda item: item[1])
+            if static.total > 2 * (least - static.total):
+                unit = f"what is there whatever the plan ({name}: {format_bytes(size)})"
+            self._least = (least, unit)
+        return self._least
+
+    def _leanest(self) -> Tier:
+        return min(self.premises.tiers, key=lambda tier: tier.static.total)
+
+    def _solve(self, way: _Way, room: int) -> Table:
+        chain = self._chain_of(way).chain
+        return solve(chain, room, segments=self.premises.techniques.recompute)
+
+    def _together(self, way: _Way) -> bool:
+        return self.premises.joint is not None and way.parts > 1
+
+    def _share(self, way: _Way, room: int) -> int:
+        """What one micro-batch may take: in lockstep each waits for the others with all that it holds."""
+        return room // way.parts if self._together(way) else room
+
+    def _outside(self, way: _Way) -> int:
+        """Bytes besides activations and their margin."""
+        premises, static = self.premises, way.tier.static
+        twice = static.largest_gradient if way.parts > 1 else 0
+        return static.total + twice + (premises.in_flight if way.spill else 0) + premises.slack
+
+    def _total(self, activations: int, way: _Way) -> int:
+        return self._outside(way) + activations + max(int(activations * MARGIN_SHARE), MARGIN_LEAST)
+
+    def _room(self, budget: int, way: _Way) -> int:
+        left = budget - self._outside(way)
+        room = min(left - MARGIN_LEAST, int(left / (1 + MARGIN_SHARE)))
+        # The most that ``_total`` brings to the budget again, to the byte.
+        return room + 1 if self._total(room + 1, way) <= budget else room
+
+    def make(self, budget: int) -> TrainPlan:
+        """The fastest plan that fits.
+
+        Raises:
+            BudgetError: none does; with the minimum, what sets it, and what would lower it.
+        """
+        plain = self._plain_within(budget)
+        if plain is not None:
+            return plain
+        found: list[tuple[float, int, _Way, Schedule]] = []
+        for number, way in enumerate(self._ways()):
+            room = self._room(budget, way)
+            if room <= 0:
+                continue
+            table = self._solve(way, room)
+            room = self._share(way, room)
+            if table.minimum <= room:
+                for schedule in (table.best(room), table.best(table.minimum)):
+                    seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
+                    found.append((seconds, number, way, schedule))
+        for seconds, _, way, schedule in sorted(found, key=lambda each: each[:2]):
+            plan = self._finished(budget, seconds, way, schedule)
+            # The chain counts by units; where the count by storages says more (small tensors that are never
+            # written out), it is the one to believe.
+            if plan.predicted_peak <= budget:
+                return plan
+        raise self._refusal(budget)
+
+    def _plain_within(self, budget: int) -> TrainPlan | None:
+        """The plain step where it fits; the planner's slots are too coarse to see that at the last bytes."""
+        premises = self.premises
+        if premises.parts not in (None, 1) or premises.tiers[0].window:
+            return None
+        chain = self.chain(self._study.batch).chain
+        items = tuple(Kept(unit) for unit in range(len(chain.units)))
+        seconds, peak = evaluate(chain, items)
+        plan = self._finished(
+            budget, seconds, _Way(1, self._study.batch, False, premises.tiers[0]), Schedule(seconds, peak, items)
+        )
+        return plan if plan.predicted_peak <= budget else None
+
+    def _taping(self, way: _Way, schedule: Schedule) -> float:
+        """Seconds that a pass takes longer because it runs on a tape."""
+        return 0.0 if _is_plain(schedule) else self._chain_of(way).tape.overhead
+
+    def _finished(self, budget: int, seconds: float, way: _Way, schedule: Schedule) -> TrainPlan:
+        made = self._chain_of(way)
+        step, foreseen = self._compiled(way, schedule)
+        activations = self._count(way, schedule, foreseen)
+        plain_seconds, plain_activations = self.plain()
+        least, limiter = self.minimum()
+        return TrainPlan(
+            budget=budget,
+            parts=way.parts,
+            micro_batch=way.size,
+            static=way.tier.static,
+            tier=way.tier,
+            activations=activations,
+            predicted_peak=self._total(activations, way),
+            predicted_seconds=seconds,
+            plain_seconds=plain_seconds,
+            plain_peak=self._total(plain_activations, _Way(1, self._study.batch, False, self.premises.tiers[0])),
+            min_budget=least,
+            bottleneck=limiter,
+            schedule=schedule.describe(made.chain),
+            refused=tuple(self._refused()),
+            spilled=(foreseen.spilled if foreseen is not None else 0) * way.parts + way.tier.written,
+            step=step,
+            foreseen=foreseen,
+            unit_names=tuple(unit.name for unit in made.chain.units),
+        )
+
+    def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
+        """What the tape does, and its count by storages; None for the plain step."""
+        if way.parts == 1 and all(isinstance(item, Kept) and item.option == 0 for item in schedule.items):
+            return None, None
+        made = self._chain_of(way)
+        step = compile_plan(made.tape, made.cuts, made.options, schedule.items)
+        return step, foresee(made.tape, step)
+
+    def _count(self, way: _Way, schedule: Schedule, foreseen: Foreseen | None) -> int:
+        """Bytes of activations at the worst moment, and of what takes their place when they are gone."""
+        activations = schedule.peak_bound if foreseen is None else foreseen.peak
+        if foreseen is not None and self._together(way):
+            # All wait at a meeting, or one is in its backward while the others' savings wait for theirs.
+            waiting = (way.parts - 1) * foreseen.forward_peak
+            activations = waiting + max(foreseen.forward_peak, foreseen.backward_peak)
+        # The optimizer's own temporaries come when the activations are gone.
+        return max(activations, 2 * way.tier.static.largest_gradient)
+
+    def _refused(self) -> list[str]:
+        premises, reasons = self.premises, []
+        if premises.splittable:
+            reasons.append(f"micro-batches: {premises.splittable}")
+        if premises.rates.write is None:
+            reasons.append("activations on storage: no folder was given (spill=)")
+        for name in ("recompute", "reduce", "compact", "spill"):
+            if not getattr(premises.techniques, name):
+                reasons.append(f"{name}: switched off")
+        if not premises.accumulate:
+            reasons.append("accumulate: switched off")
+        if premises.unsafe:
+            reasons.append(f"recomputing {len(premises.unsafe)} activations: their replay gave other bits")
+        return reasons
+
+    def _refusal(self, budget: int) -> BudgetError:
+        least, limiter = self.minimum()
+        lifts = []
+        if self.premises.splittable:
+            lifts.append(f"the batch is not split ({self.premises.splittable})")
+        if self.premises.rates.write is None:
+            lifts.append("spill=FOLDER puts activations, gradients and optimizer state on storage")
+        lifts.append("a smaller batch takes less")
+        return BudgetError(
+            f"a training step needs {format_bytes(least)}, the budget is {format_bytes(budget)}; "
+            f"the minimum is set by {limiter}; {'; '.join(lifts)}",
+            minimum=least,
+            limiter=limiter,
+        )
+
+    def curve(self, parts: int = 1, *, spill: bool = False) -> list[tuple[int, float]]:
+        """Total bytes against predicted seconds, for one number of micro-batches."""
+        way = _Way(parts, -(-self._study.batch // parts), spill, self.premises.tiers[0])
+        chain = self.chain(way.size, spill=spill).chain
+        most = evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])[1]
+        return [(self._total(size, way), parts * seconds) for size, seconds in frontier(self._solve(way, most))]
+
+
+def _is_plain(schedule: Schedule) -> bool:
+    """Whether nothing is done but what autograd does anyway."""
+    return all(isinstance(item, Kept) and item.option == 0 for item in schedule.items)

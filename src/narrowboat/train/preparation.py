@@ -1,0 +1,169 @@
+"""From a batch to a plan: measure such a batch once, check it, and plan for any budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowboat.quantities import format_bytes
+from narrowboat.train.batch_statistics import (
+    frozen_batch_norm,
+    modules_that_move_with_each_pass,
+    modules_with_batch_statistics,
+)
+from narrowboat.train.lockstep import run_as_one_of_many
+from narrowboat.train.loss import LossPlan, call_loss
+from narrowboat.train.loss_trace import plan_loss
+from narrowboat.train.measure.chain import Rates
+from narrowboat.train.measure.study import study, timing_sizes
+from narrowboat.train.micro_batch import batch_size
+from narrowboat.train.passes import Backward, Passes
+from narrowboat.train.plan import Planner, Premises, TrainPlan
+from narrowboat.train.replay_check import keep_what_differs
+from narrowboat.train.signature import signature
+from narrowboat.train.spill import SpillPool
+from narrowboat.train.split_check import check_splits
+from narrowboat.train.static import StaticBytes, static_bytes
+from narrowboat.train.switches import Switches
+from narrowboat.train.tiers import tiers
+from narrowboat.train.weights import TrainingWeights
+
+log = logging.getLogger("narrowboat")
+BATCH_NORM = ("auto", "never", "lockstep", "ghost", "frozen")
+
+
+@dataclass(slots=True)
+class Preparation:
+    """Plans for one model, loss and optimizer.
+
+    Attributes:
+        model: as it is called (perhaps a ``DistributedDataParallel``), and ``inner``: the module itself.
+        loss_fn: of output and targets, or None.
+        optimizer: over ``inner``'s parameters.
+        switches: what may be used.
+        batch_norm: one of ``BATCH_NORM``.
+        backward: how a loss is sent backwards.
+        rates: of the machine, ``pool``: for activations on storage, and ``in_flight``: what it may hold.
+        weights: the model's weights on storage, or None.
+        count: the user's count of what a loss averages over.
+        micro_batches: their number, if it is given.
+        scaled: a gradient scaler is used.
+        step_in_backward: gradients are stepped as they come and are never all there.
+    """
+
+    model: nn.Module
+    inner: nn.Module
+    loss_fn: Callable[..., Any] | None
+    optimizer: torch.optim.Optimizer
+    switches: Switches
+    batch_norm: str
+    backward: Backward
+    rates: Rates
+    pool: SpillPool | None
+    in_flight: int
+    weights: TrainingWeights | None = None
+    count: Callable[[Any, Any], Any] | None = None
+    micro_batches: int | None = None
+    scaled: bool = False
+    step_in_backward: bool = False
+    whole: StaticBytes | None = None
+    _planners: dict[Hashable, Planner] = field(default_factory=dict)
+    _passes: dict[Hashable, Passes] = field(default_factory=dict)
+    _plans: dict[tuple[Hashable, int], TrainPlan] = field(default_factory=dict)
+
+    def plan(self, inputs: Any, targets: Any, budget: int) -> tuple[TrainPlan, Passes]:
+        """The plan for such a batch in so many bytes, and what runs it.
+
+        Raises:
+            BudgetError: no plan fits.
+            LossError: the loss is not a scalar.
+        """
+        key, samples = signature(self.inner, inputs, targets), batch_size(inputs, targets)
+        if key not in self._planners or samples > self._planners[key].batch:
+            with self.frozen():
+                self._measure(key, inputs, targets, budget)
+            self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
+        if (key, budget) not in self._plans:
+            self._plans[(key, budget)] = self._planners[key].make(budget)
+            log.info("plan for %s:\n%s", format_bytes(budget), self._plans[(key, budget)])
+        plan = self._plans[(key, budget)]
+        return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
+
+    def planner(self, inputs: Any, targets: Any) -> Planner:
+        """The planner of such batches, which were planned for before."""
+        return self._planners[signature(self.inner, inputs, targets)]
+
+    def frozen(self) -> AbstractContextManager[Any]:
+        """BatchNorm in eval mode, where that was asked for."""
+        return frozen_batch_norm(self.inner) if self.batch_norm == "frozen" else nullcontext()
+
+    def _measure(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
+        loss_plan = plan_loss(self.inner, self.loss_fn, inputs, targets, count=self.count)
+        coupled = modules_with_batch_statistics(self.inner)
+        passes = Passes(
+            self.model,
+            self.loss_fn,
+            loss_plan,
+            self.pool,
+            self.backward,
+            check_finite=not self.scaled,
+            lockstep=self.batch_norm == "lockstep" and bool(coupled),
+        )
+        inner = Passes(self.inner, self.loss_fn, loss_plan, None, torch.Tensor.backward)
+
+        def forward(some_inputs: Any, some_targets: Any) -> torch.Tensor:
+            return inner.loss(some_inputs, some_targets)[0]
+
+        def together(some_inputs: Any, some_targets: Any) -> torch.Tensor:
+            return run_as_one_of_many(self.inner, lambda: forward(some_inputs, some_targets))
+
+        made = study(self.inner, forward, inputs, targets)
+        self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
+        static = replace(self.whole, batch=static_bytes(self.inner, None, inputs, targets).batch)
+        room = budget - static.weights - static.gradients - static.batch
+        fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
+        if fitting:
+            made.time(self.inner, forward, inputs, targets, fitting)
+        premises = Premises(
+            tiers=tuple(
+                tiers(
+                    static,
+                    budget,
+                    rates=self.rates,
+                    in_backward=self.step_in_backward,
+                    storage=self.switches.state and not self.scaled,
+                    weights=self.weights,
+                )
+            ),
+            splittable=self._why_not_split(loss_plan, coupled, inputs, targets),
+            techniques=self.switches.planner,
+            rates=self.rates,
+            in_flight=self.in_flight,
+            accumulate=self.switches.accumulate,
+            parts=self.micro_batches,
+            joint=study(self.inner, together, inputs, targets).timed_as(made) if passes.lockstep else None,
+        )
+        planner = Planner(made, premises)
+        keep_what_differs(planner, self.inner, forward, inputs, targets)
+        self._planners[key], self._passes[key] = planner, passes
+
+    def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any) -> str:
+        if batch_size(inputs, targets) < 2:
+            return "the batch has one sample"
+        if self.micro_batches is not None or not self.switches.accumulate:
+            return ""
+        if self.batch_norm in ("auto", "never") and coupled:
+            return f"{coupled[0]} takes its statistics from the whole batch ({len(coupled)} such modules)"
+        moving = modules_that_move_with_each_pass(self.inner)
+        if moving:
+            return f"{moving[0]} changes with each forward pass"
+        verdict = check_splits(self.inner, self.loss_fn, inputs, targets, loss_plan, call=call_loss)
+        if verdict and verdict.moving and self.batch_norm not in ("lockstep", "ghost"):
+            return f"buffer {verdict.moving[0]} changes with each forward pass"
+        return "" if verdict else verdict.reason

@@ -1,0 +1,88 @@
+"""Before any plan is trusted: what is computed again on a few samples has the bits of the original."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowboat.machine.data_limit import is_out_of_memory
+from narrowboat.train.measure.real import untouched
+from narrowboat.train.micro_batch import batch_size, copied, rows
+from narrowboat.train.plan import Planner
+from narrowboat.train.tape.frames import StepPlan
+from narrowboat.train.tape.run import TapeRun, without_autocast
+
+log = logging.getLogger("narrowboat")
+_SAMPLES = 2
+
+Forward = Callable[[Any, Any], torch.Tensor]
+Gradients = list[torch.Tensor | None]
+
+
+def keep_what_differs(planner: Planner, model: nn.Module, forward: Forward, inputs: Any, targets: Any) -> None:
+    """Check what the planner's plans may replay, and have it plan without what does not come back bit by bit.
+
+    Args:
+        planner: of this model.
+        model, forward, inputs, targets: as for ``check_replays``.
+    """
+    everything = planner.replay_of_everything()
+    wrong = check_replays(model, forward, everything, inputs, targets) if everything is not None else None
+    if wrong:
+        log.warning("%d activations do not come back bit by bit and are kept instead", len(wrong))
+        planner.forget(wrong)
+
+
+def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: Any, targets: Any) -> frozenset[int]:
+    """Storages that replays bring back with other bits, seen in one pass over two samples.
+
+    Memory that an operator leaves unwritten (the workspaces of recurrent layers) may differ without harm: where the
+    gradients have the bits of the plain pass, nothing is wrong.
+
+    Args:
+        model: is left as it was, its gradients and the random streams too.
+        forward: gives the loss of inputs and targets.
+        step: should replay as much as any plan may.
+        inputs, targets: one batch.
+
+    Returns:
+        Numbers of storages; none where there is no memory for the comparison.
+    """
+    samples = batch_size(inputs, targets)
+    few = [rows(tree, samples, 0, min(samples, _SAMPLES)) for tree in (inputs, targets)]
+    run = TapeRun(step, check=True)
+    try:
+        again = _gradients(model, forward, few, run)
+        if not run.wrong or _same(again, _gradients(model, forward, few, None)):
+            return frozenset()
+        return frozenset(run.wrong)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return frozenset()
+    finally:
+        run.close()
+
+
+def _gradients(model: nn.Module, forward: Forward, few: list[Any], run: TapeRun | None) -> Gradients:
+    some_inputs, some_targets = copied(few[0]), copied(few[1])
+    with untouched(model):
+        if run is None:
+            loss = forward(some_inputs, some_targets)
+        else:
+            with run.forward():
+                loss = forward(some_inputs, some_targets)
+        with without_autocast():
+            loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+
+def _same(these: Gradients, those: Gradients) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(these, those, strict=True)
+    )

@@ -1,0 +1,75 @@
+"""Bytes that a training step holds whatever its plan: by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from narrowboat.arena.standin import is_standin
+from narrowboat.train.state import state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StaticBytes:
+    """Bytes by class.
+
+    Attributes:
+        weights: parameters.
+        buffers: buffers of the model.
+        gradients: of the parameters that are trained.
+        optimizer: its state after the first step.
+        batch: the batch that the caller holds.
+        largest_gradient: the largest gradient of one parameter; under accumulation it is there twice for a moment.
+    """
+
+    weights: int
+    buffers: int
+    gradients: int
+    optimizer: int
+    batch: int
+    largest_gradient: int
+
+    @property
+    def total(self) -> int:
+        """All classes together."""
+        return self.weights + self.buffers + self.gradients + self.optimizer + self.batch
+
+    def as_dict(self) -> dict[str, int]:
+        """For reports."""
+        return {key: value for key, value in asdict(self).items() if key != "largest_gradient"}
+
+
+def static_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, inputs: Any, targets: Any) -> StaticBytes:
+    """Count them; tied weights and shared storages once."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return StaticBytes(
+        weights=_distinct(model.parameters()),
+        buffers=_distinct(model.buffers()),
+        gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        optimizer=state_bytes(optimizer) if optimizer is not None else 0,
+        batch=_distinct(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)),
+        largest_gradient=max((p.numel() * p.element_size() for p in trained), default=0),
+    )
+
+
+def _distinct(tensors: Iterable[torch.Tensor]) -> int:
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type == "meta" or is_standin(tensor):
+            continue  # no bytes in memory
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of host memory that the model and the optimizer hold now; stand-ins hold none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return _distinct(tensor for tensor in tensors if tensor.device.type == "cpu")

@@ -1,0 +1,456 @@
+"""``train_step``: forward, backward and optimizer of one batch inside a number of bytes.
+
+The first call with a kind of batch measures it, checks the loss and whether it may be split, and plans
+(``preparation``). Every call runs the plan that the budget in force allows (``passes``), steps the optimizer where its
+state is (``update``), and records prediction beside measurement (``report``). A step that runs out of memory is given
+up before the optimizer has seen anything, everything it changed is put back, and it is done again on a smaller plan.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from narrowboat.checkpoint import WeightsIndex
+from narrowboat.errors import TrainingError, UsageError
+from narrowboat.machine.data_limit import data_limit, is_out_of_memory
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy, trim
+from narrowboat.machine.memory import process_memory, reset_peak
+from narrowboat.quantities import format_bytes
+from narrowboat.train.budget import BudgetInForce
+from narrowboat.train.distributed import Ranks
+from narrowboat.train.measure.chain import Rates
+from narrowboat.train.passes import Outcome, drain_autograd
+from narrowboat.train.plan import TrainPlan
+from narrowboat.train.preparation import BATCH_NORM, Preparation
+from narrowboat.train.report import Report, StepRecord
+from narrowboat.train.snapshot import Snapshot
+from narrowboat.train.spill import SpillPool, measure_bandwidth
+from narrowboat.train.static import resident_bytes
+from narrowboat.train.stored_update import StoredUpdate
+from narrowboat.train.switches import Switches
+from narrowboat.train.update import Update
+from narrowboat.train.weights import TrainingWeights
+from narrowboat.train.weights.export import save_weights
+from narrowboat.train.weights_of import weights_on_storage
+
+log = logging.getLogger("narrowboat")
+
+_SMALLER = 0.8  # of the budget, after a step that ran out of memory
+_MOST_ATTEMPTS = 8
+_IN_FLIGHT = 16 << 20  # bytes of activations on their way to or from storage
+_ALLOCATOR = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
+_ENFORCED = 96 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
+
+
+class TrainStep:
+    """One optimizer step per call, inside a budget, with the gradients of the plain step; made by ``train_step``.
+
+    Attributes:
+        model: as it was given.
+        optimizer: as it was given; its schedulers work as ever.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        budget: int | str = "auto",
+        spill: str | Path | None = None,
+        weights: str | Path | WeightsIndex | None = None,
+        batch_norm: str = "auto",
+        techniques: Iterable[str] | None = None,
+        micro_batches: int | None = None,
+        clip_grad_norm: float | None = None,
+        scaler: Any = None,
+        count: Callable[[Any, Any], Any] | None = None,
+        in_backward: bool = False,
+        resume: bool = False,
+        adapt: bool = True,
+        enforce: bool = True,
+    ) -> None:
+        if batch_norm not in BATCH_NORM:
+            raise UsageError(f"batch_norm={batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
+        if in_backward and scaler is not None:
+            raise UsageError(
+                "in_backward=True steps before a GradScaler has seen all gradients; leave one of them out"
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self._ranks = Ranks(model)
+        self._inner = self._ranks.model
+        self._clip, self._scaler = clip_grad_norm, scaler
+        self._in_backward, self._resume, self._enforce = in_backward, resume, enforce
+        _check_optimizer(self._inner, optimizer)
+        switches = Switches.of(techniques)
+        self._budget = BudgetInForce(budget, adapt=adapt)
+        self._baseline: int | None = None
+        self._folder = Path(spill) if spill is not None else None
+        self._pool: SpillPool | None = None
+        rates = Rates()
+        if self._folder is not None:
+            self._pool = SpillPool(self._folder, in_flight=_IN_FLIGHT)
+            write, read = measure_bandwidth(self._folder)
+            rates = Rates(write=1 / write, read=1 / read)
+        self._weights: TrainingWeights | None = None
+        try:
+            self._weights = weights_on_storage(
+                self._inner, weights, self._budget.now, store=self._folder, resume=resume
+            )
+        except BaseException:
+            if self._pool is not None:
+                self._pool.close()
+            raise
+        self._preparation = Preparation(
+            model=model,
+            inner=self._inner,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            switches=switches,
+            batch_norm=batch_norm,
+            backward=self._send_back,
+            rates=rates,
+            pool=self._pool,
+            in_flight=_IN_FLIGHT + (self._pool.staging_bytes if self._pool is not None else 0),
+            weights=self._weights,
+            count=count,
+            micro_batches=micro_batches,
+            scaled=scaler is not None,
+            step_in_backward=in_backward and clip_grad_norm is None,
+        )
+        self._last: TrainPlan | None = None
+        self._update: Update | StoredUpdate | None = None
+        self._report = Report()
+        self._closed = False
+        self._strict = False
+
+    # -- for the user --------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int:
+        """Bytes in force; may be set between steps (an int or "1.5GiB")."""
+        return self._budget.now
+
+    @budget.setter
+    def budget(self, value: int | str) -> None:
+        self._budget.set(value)
+
+    @property
+    def plan(self) -> TrainPlan:
+        """The plan of the last step, or of ``prepare``.
+
+        Raises:
+            TrainingError: there is none yet.
+        """
+        if self._last is None:
+            raise TrainingError(
+                "no step was made yet, so there is no plan: call step.prepare(inputs, targets) with a batch"
+            )
+        return self._last
+
+    def report(self) -> Report:
+        """Prediction and measurement of every step."""
+        return self._report
+
+    def prepare(self, inputs: Any, targets: Any = None) -> TrainPlan:
+        """Measure and plan for such batches without making a step; model and optimizer stay as they are.
+
+        Raises:
+            BudgetError: no plan fits, with the minimum and the part that sets it.
+            LossError: the loss is not a scalar.
+        """
+        self._check_open()
+        self._last, _ = self._preparation.plan(inputs, targets, self._budget.now)
+        return self._last
+
+    def __call__(self, inputs: Any, targets: Any = None) -> torch.Tensor:
+        """Train on one batch.
+
+        Args:
+            inputs: a tensor; a tuple (positional arguments of the model) or a mapping (keyword arguments).
+            targets: what ``loss_fn`` gets beside the model's output; None where the inputs hold the labels.
+
+        Returns:
+            The loss of the whole batch before the step, detached, 0-dim.
+
+        Raises:
+            BudgetError: no plan fits the budget; nothing was changed.
+            LossError: the loss is not a finite scalar; nothing was changed.
+            TrainingError: out of memory on the smallest plan as well; nothing was changed.
+        """
+        start = time.perf_counter()
+        outcome, record, update = self._gradients(inputs, targets, None)
+        update.finish()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._weights is not None:
+            self._weights.end_step()
+        self._note(outcome, record, start)
+        return outcome.loss
+
+    def backward(self, inputs: Any, targets: Any = None) -> torch.Tensor:
+        """Forward and backward only: leaves the gradients in ``.grad`` for a loop that steps by itself.
+
+        Gradients that are there already are replaced. Returns and errors as for a call.
+        """
+        start = time.perf_counter()
+        outcome, record, _ = self._gradients(inputs, targets, "memory")
+        self._note(outcome, record, start)
+        return outcome.loss
+
+    def close(self, *, restore: bool = True) -> None:
+        """Close the files; model and optimizer go on without narrowboat.
+
+        Args:
+            restore: bring optimizer state that is on storage back into memory. False where nobody goes on with it.
+        """
+        if self._update is not None:
+            self._update.close(restore=restore)
+            self._update = None
+        if self._pool is not None:
+            self._pool.close()
+        if self._weights is not None:
+            self._weights.close()
+        self._closed = True
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model's weights as they are now to a safetensors file, one tensor at a time.
+
+        Raises:
+            UsageError: ``path`` exists, or is a folder.
+            StorageError: the disk is full, or the storage failed; nothing is left behind.
+        """
+        save_weights(self._inner, Path(path), overwrite=overwrite)
+
+    def __enter__(self) -> TrainStep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _gradients(
+        self, inputs: Any, targets: Any, tier: str | None
+    ) -> tuple[Outcome, StepRecord, Update | StoredUpdate]:
+        self._check_open()
+        if self._baseline is not None:
+            change = self._budget.follow(self._held())
+            if change:
+                self._report.changes.append((self._report.count, change))
+        repeated, budget = 0, self._budget.now
+        failed: tuple[TrainPlan, Exception] | None = None
+        while True:
+            with self._ranks.together():  # a rank that refuses must not leave the others waiting
+                if failed is not None:
+                    budget = self._less(failed[0], budget, repeated, failed[1])
+                    failed = None  # with the frames that the error holds
+                plan, passes = self._preparation.plan(inputs, targets, budget)
+            self._last = plan
+            update = self._update_for(plan)
+            self._base()
+            self._tighten(plan)
+            snapshot = Snapshot(self._inner)
+            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self._inner.parameters():
+                parameter.grad = None
+            written = self._written()
+            if self._weights is not None:
+                self._weights.begin_step()
+            reset_peak()
+            try:
+                with self._limited(plan), self._preparation.frozen():
+                    if tier == "memory":
+                        with update.gradients_in_memory():
+                            outcome = passes.run(plan, inputs, targets)
+                    else:
+                        outcome = passes.run(plan, inputs, targets, update.begin)
+                break
+            except BaseException as error:
+                if not update.repeatable:
+                    raise TrainingError(
+                        f"the step failed after some parameters had been stepped (in_backward=True): {error}; "
+                        "load the state of an earlier step"
+                    ) from error
+                update.abandon()
+                drain_autograd()
+                snapshot.restore()
+                if not is_out_of_memory(error) or not isinstance(error, Exception):
+                    raise
+                repeated, failed = repeated + 1, (plan, error)
+        record = StepRecord(
+            loss=float(outcome.loss),
+            seconds=0.0,
+            budget=self._budget.now,
+            predicted_peak=plan.predicted_peak,
+            measured_peak=0,
+            micro_batches=plan.parts,
+            replays=outcome.replays,
+            spilled=written,
+            repeated=repeated,
+            departed=outcome.departed,
+        )
+        return outcome, record, update
+
+    def _less(self, plan: TrainPlan, budget: int, repeated: int, error: Exception) -> int:
+        smaller = max(int(min(budget, plan.predicted_peak) * _SMALLER), plan.min_budget)
+        if repeated >= _MOST_ATTEMPTS or smaller >= min(budget, plan.predicted_peak):
+            raise TrainingError(
+                f"the step ran out of memory on the smallest plan as well ({format_bytes(plan.predicted_peak)} "
+                f"predicted): {str(error).splitlines()[0]}; the model is as it was before the step"
+            ) from error
+        what = f"out of memory on a plan of {format_bytes(plan.predicted_peak)}; again in {format_bytes(smaller)}"
+        log.warning("%s", what)
+        self._report.changes.append((self._report.count, what))
+        self._budget.lower(smaller)
+        return smaller
+
+    def _tighten(self, plan: TrainPlan) -> None:
+        """Have freed memory go back at once, unless the budget has room for what the allocator would keep."""
+        if not self._strict and (plan.step is not None or plan.predicted_peak * _ALLOCATOR > self._budget.now):
+            self._strict = set_malloc_policy(MallocPolicy.STRICT)
+
+    def _limited(self, plan: TrainPlan) -> Any:
+        if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):
+            return nullcontext()
+        if self._pool is not None:
+            self._pool.start()
+        static = plan.static
+        return data_limit(plan.predicted_peak - static.weights - static.buffers - static.batch + _ENFORCED)
+
+    def _update_for(self, plan: TrainPlan) -> Update | StoredUpdate:
+        if self._weights is not None and plan.tier.window and self._weights.budget != plan.tier.window:
+            self._weights.budget = plan.tier.window
+        if self._update is not None and self._update.tier.name == plan.tier.name:
+            return self._update
+        if self._update is not None:
+            self._update.close()
+            self._update = None
+        whole = self._preparation.whole
+        assert whole is not None
+        if self._weights is not None and self._weights.stored is not None:
+            assert self._folder is not None
+            self._update = StoredUpdate(
+                self._inner,
+                self.optimizer,
+                plan.tier,
+                whole,
+                self._folder,
+                self._weights,
+                clip=self._clip,
+                resume=self._resume,
+            )
+        else:
+            self._update = Update(
+                self._inner,
+                self.optimizer,
+                plan.tier,
+                whole,
+                self._folder,
+                clip=self._clip,
+                scaler=self._scaler,
+                in_backward=self._in_backward,
+            )
+        return self._update
+
+    def _note(self, outcome: Outcome, record: StepRecord, start: float) -> None:
+        peak = max(0, process_memory().hwm - self._base())
+        seconds = time.perf_counter() - start
+        spilled = self._written() - record.spilled
+        self._report.add(replace(record, seconds=seconds, measured_peak=peak, spilled=spilled))
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def _send_back(self, loss: torch.Tensor) -> None:
+        (self._scaler.scale(loss) if self._scaler is not None else loss).backward()
+
+    def _written(self) -> int:
+        update = self._update.bytes_written if self._update is not None else 0
+        return update + (self._pool.bytes_written if self._pool is not None else 0)
+
+    def _held(self) -> int:
+        return max(0, process_memory().rss - self._base())
+
+    def _base(self) -> int:
+        """What the process has without the training: taken once, when the first batch has been measured."""
+        if self._baseline is None:
+            gc.collect()
+            trim()
+            held = resident_bytes(self._inner, self.optimizer)
+            if self._weights is not None:
+                held += self._weights.window.held_bytes
+            self._baseline = max(0, process_memory().rss - held)
+        return self._baseline
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TrainingError("this training step was closed; make a new one with train_step")
+
+
+def train_step(
+    model: nn.Module, loss_fn: Callable[..., Any] | None, optimizer: torch.optim.Optimizer, **options: Any
+) -> TrainStep:
+    """A training step inside a byte budget, with the gradients of the plain step.
+
+    ``loss = step(inputs, targets)`` replaces forward, backward, ``optimizer.step()`` and ``zero_grad()``.
+
+    Args:
+        model: any eager module; also wrapped in ``DistributedDataParallel``.
+        loss_fn: gives a scalar (or a pair of sum and count) of the model's output and the targets; None where the
+            model returns its loss, as Hugging Face's do.
+        optimizer: any of torch's over the model's parameters, but those that need a closure.
+        budget: bytes for everything that training holds: weights, buffers, gradients, optimizer state, batch,
+            activations, temporaries, and what the allocator adds. An int, "1.5GiB", or "auto" (what the machine can
+            spare).
+        spill: a folder for activations (and what else does not fit); None for no storage.
+        weights: the weights file or folder of a model that is larger than memory: a skeleton on meta, or a model from
+            ``nb.stream`` (which knows its own). Frozen weights take turns in a window, in forward and in backward.
+            Weights on meta that are trained are kept in ``spill``, with their gradients and the optimizer's state.
+        batch_norm: "auto" and "never": a batch with BatchNorm in train mode is not split; "lockstep": split, and
+            exact; "ghost": each micro-batch has its own statistics, as in plain accumulation (not exact); "frozen":
+            BatchNorm in eval mode.
+        techniques: which of ``Switches.NAMES`` may be used; None for all but "fuse".
+        micro_batches: their number, where it must not be chosen.
+        clip_grad_norm: largest 2-norm of all gradients.
+        scaler: a ``torch.amp.GradScaler``.
+        in_backward: step each bucket of parameters as soon as its gradients are complete, so that gradients are
+            never all in memory (with clipping they have to wait for the norm). A step that fails midway can then
+            not be repeated.
+        count: of a micro-batch's inputs and targets: what the loss averages over.
+        resume: go on from the last whole step in ``spill``, where weights on meta are trained.
+        adapt: follow what the machine has free, below the budget.
+        enforce: refuse allocations that go far beyond the plan, so that an overrun is an error that is caught and
+            not a kill (CPU).
+
+    Raises:
+        UsageError: an option that cannot be used as given.
+        TrainingError: the optimizer holds parameters that are not the model's.
+    """
+    return TrainStep(model, loss_fn, optimizer, **options)
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer over the model")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TrainingError(
+            "LBFGS evaluates the loss several times per step and cannot be used here; use AdamW or SGD"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strange = sum(id(parameter) not in own for parameter in held)
+    if strange:
+        raise TrainingError(
+            f"{strange} of the optimizer's {len(held)} parameters are not the model's: build the optimizer from "
+            "model.parameters() of this very model, after moving it to its device"
+        )

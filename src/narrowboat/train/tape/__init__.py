@@ -1,0 +1,1 @@
+"""The tape: the operators of one forward pass, so that what was dropped can be computed again."""

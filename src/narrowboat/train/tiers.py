@@ -1,0 +1,102 @@
+"""Where weights, gradients and optimizer state may be, what that holds in memory, and what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from narrowboat.train.measure.chain import Rates
+from narrowboat.train.static import StaticBytes
+from narrowboat.train.weights import TrainingWeights
+
+_LEAST_BUCKET, _MOST_BUCKET = 1 << 20, 32 << 20
+_BUCKETS_IN_MEMORY = 3  # one stepped, one coming, one leaving
+_WINDOWS = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85)  # shares of the budget tried for the window of weights
+_OVERLAP = 0.5  # of reading weights with computing, as far as plans count on it
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A place for weights, gradients and optimizer state.
+
+    In order of what they cost: "memory"; "state": the optimizer's state is on storage, stepped bucket by bucket;
+    "gradients": those too. Weights on storage take turns in a window beside any of them.
+
+    Attributes:
+        name: one of these.
+        static: bytes held whatever the plan of the passes.
+        seconds: of reading and writing per step.
+        written: bytes written per step.
+        window: bytes for weights that are on storage; 0 where none are.
+    """
+
+    name: str
+    static: StaticBytes
+    seconds: float = 0.0
+    written: int = 0
+    window: int = 0
+
+
+def bucket_bytes(static: StaticBytes) -> int:
+    """Bytes of a bucket: a sixteenth of the state, within bounds."""
+    return min(max(max(static.optimizer, static.gradients) // 16, _LEAST_BUCKET), _MOST_BUCKET)
+
+
+def tiers(
+    static: StaticBytes,
+    budget: int,
+    *,
+    rates: Rates,
+    in_backward: bool,
+    storage: bool,
+    weights: TrainingWeights | None,
+) -> list[Tier]:
+    """The tiers that there are, quickest first.
+
+    Args:
+        static: with everything in memory but the weights on storage.
+        budget: bytes, of which the window of weights may have a part.
+        rates: of the folder.
+        in_backward: gradients are stepped as they come, and do not wait for a norm to clip to.
+        storage: state may go to the folder.
+        weights: on storage; None where all are in memory.
+    """
+    bucket = bucket_bytes(static)
+    if in_backward:
+        static = replace(static, gradients=min(static.gradients, 2 * max(bucket, static.largest_gradient)))
+    found = [Tier("memory", static)]
+    if storage and rates.write is not None and rates.read is not None:
+        moving = rates.write + rates.read
+        held = min(static.optimizer, _BUCKETS_IN_MEMORY * max(bucket, 2 * static.largest_gradient))
+        moved = static.optimizer
+        if moved > held:
+            out = replace(static, optimizer=held)
+            found.append(Tier("state", out, moved * moving, moved))
+        gradients = min(static.gradients, 4 * max(bucket, static.largest_gradient))
+        if gradients < static.gradients or (weights is not None and weights.stored is not None):
+            moved += static.gradients
+            both = replace(static, optimizer=held, gradients=gradients)
+            found.append(Tier("gradients", both, moved * moving, moved))
+    if weights is None:
+        return found
+    if weights.stored is not None:
+        # What is trained on storage is stepped from storage.
+        found = found[-1:]
+    return [_with_window(tier, window, weights, rates) for tier in found for window in _windows(weights, budget)]
+
+
+def _windows(weights: TrainingWeights, budget: int) -> list[int]:
+    least, most = weights.minimum, max(weights.minimum, weights.total_bytes + (weights.minimum >> 2))
+    return sorted({min(max(int(share * budget), least), most) for share in _WINDOWS}, reverse=True)
+
+
+def _with_window(tier: Tier, window: int, weights: TrainingWeights, rates: Rates) -> Tier:
+    out = max(0, weights.total_bytes - window)
+    read = 2 * out * (rates.read or 1e-9) * (1 - _OVERLAP)  # in the forward pass and in the backward pass
+    trained = weights.stored.records.file_bytes // 2 if weights.stored is not None else 0
+    return replace(
+        tier,
+        static=replace(tier.static, weights=tier.static.weights + window),
+        seconds=tier.seconds + read + trained * ((rates.write or 1e-9) + (rates.read or 1e-9)),
+        written=tier.written + trained,
+        window=window,
+    )

@@ -504,3 +504,17 @@ class LiveTensors(TorchDispatchMode):
                 live += change
                 most = max(most, live)
         return most
+
+
+def sizeable(kind: str, *, small: bool = False) -> tuple[nn.Module, Tensor, Tensor]:
+    """A "cnn" or "gpt" of some hundred megabytes of activations, and a batch; ``small``: of hardly any."""
+    torch.manual_seed(0)
+    if kind == "cnn":
+        model: nn.Module = ResNet(depth=2 if small else 8, width=8 if small else 64)
+        for block in model.blocks:
+            block[-1].momentum = 0.1  # a cumulative average reads numbers, which fake tensors do not have
+        x = torch.randn(2, 3, 8, 8) if small else torch.randn(8, 3, 64, 64)
+        return model.train(), x, torch.randint(0, 10, (len(x),))
+    model = GPT(depth=1 if small else 6, width=32 if small else 128)
+    text = torch.randint(0, 50, (2, 9) if small else (16, 129))
+    return model.train(), text[:, :-1].clone(), text[:, 1:].clone()

@@ -6,6 +6,7 @@ what its loss averages over (samples, targets that are not ignored), so each ran
 
 A rank that cannot go on would leave the others waiting in a collective for ever. So the ranks tell each other how they
 fare before each point of no return: when plans are made, and before the backward pass that synchronises gradients.
+An error inside that last backward pass is not told: the others wait for it until their process group's timeout.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ class Ranks:
 
     def summed(self, values: Sequence[Any]) -> list[float]:
         """Each value summed over the ranks, in float64."""
-        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self._device())
-        if self.world > 1:
-            dist.all_reduce(numbers, group=self._group)
+        own = [float(value) for value in values]
+        if self.world == 1:
+            return own
+        numbers = torch.tensor(own, dtype=torch.float64, device=self._device())
+        dist.all_reduce(numbers, group=self._group)
         return numbers.tolist()
 
     def begin(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -38,12 +37,3 @@ class OpenRun(TapeRun):
                     "are computed again from it: change a clone of it"
                 )
         super()._replay(frame)
-
-    def _unpack(self, packed: Any) -> torch.Tensor:
-        # Gradients are on in a backward pass only where it is itself to be differentiated.
-        if torch.is_grad_enabled():
-            raise ReplayError(
-                "backward with create_graph=True needs the history of activations that were dropped: take second "
-                "derivatives outside the planned model, or without a plan"
-            )
-        return super()._unpack(packed)

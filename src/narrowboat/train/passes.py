@@ -187,17 +187,17 @@ class Passes:
         else:
             made = self.loss_plan.weighted(result, weight)
         torch.clear_autocast_cache()
-        return made
-
-    def _check(self, loss: torch.Tensor) -> None:
-        if not loss.requires_grad:
+        if not made[0].requires_grad:
             raise LossError(
                 "the loss has no graph: no parameter that requires a gradient took part (was the step called under "
                 "torch.no_grad, or is everything frozen?)"
             )
+        return made
+
+    def _check(self, loss: torch.Tensor) -> None:
         if self.check_finite and not bool(torch.isfinite(loss)):
             raise LossError(
-                f"the loss is {float(loss):g}; nothing was changed. Lower the learning rate, clip gradients "
+                f"the loss is {float(loss.detach()):g}; nothing was changed. Lower the learning rate, clip gradients "
                 "(clip_grad_norm=), or look at this batch"
             )
 

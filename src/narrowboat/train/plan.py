@@ -62,7 +62,7 @@ class TrainPlan:
         budget: bytes, everything included.
         parts: micro-batches.
         micro_batch: samples in each (the last may have fewer).
-        static: bytes held whatever the passes' plan, by class.
+        static: bytes held beside activations at the worst moment, by class.
         tier: where gradients and optimizer state are.
         activations: predicted bytes at the worst moment beyond those, with its margin.
         predicted_peak: bytes in all.
@@ -161,7 +161,7 @@ class Planner:
     def __init__(self, study: Study, premises: Premises) -> None:
         self._study = study
         self.premises = premises
-        self._chains: dict[tuple[int, bool, bool], TrainingChain] = {}
+        self._chains: dict[tuple[int, bool, bool, bool], TrainingChain] = {}
         self._least: tuple[int, str] | None = None
 
     @property
@@ -175,6 +175,11 @@ class Planner:
         self._chains.clear()
         self._least = None
 
+    def reserve(self, slack: int) -> None:
+        """Keep so many more bytes free of tensors."""
+        self.premises = replace(self.premises, slack=self.premises.slack + slack)
+        self._least = None
+
     def replay_of_everything(self) -> StepPlan | None:
         """For a check: what replays all that any plan may replay; None where nothing may be."""
         techniques = self.premises.techniques
@@ -186,19 +191,30 @@ class Planner:
         items = (Segment(0, last, inside), Kept(last))
         return compile_plan(made.tape, made.cuts, made.options, items)
 
-    def chain(self, size: int, *, spill: bool = False, together: bool = False) -> TrainingChain:
-        """The chain of a micro-batch of ``size`` samples; ``together``: one that meets the others in lockstep."""
-        key = (size, spill, together)
+    def chain(self, size: int, *, spill: bool = False, together: bool = False, growing: bool = False) -> TrainingChain:
+        """The chain of a micro-batch of ``size`` samples.
+
+        Args:
+            size: samples.
+            spill: with activations on storage.
+            together: of one that meets the others in lockstep.
+            growing: with the gradients of parameters, which come one by one in the backward pass.
+        """
+        key = (size, spill, together, growing)
         if key not in self._chains:
             premises = self.premises
             study = premises.joint if together and premises.joint is not None else self._study
+            tape = study.tape(size)
             self._chains[key] = build_chain(
-                study.tape(size), replace(premises.techniques, spill=spill), premises.rates, unsafe=premises.unsafe
+                tape.with_gradients() if growing else tape,
+                replace(premises.techniques, spill=spill),
+                premises.rates,
+                unsafe=premises.unsafe,
             )
         return self._chains[key]
 
     def _chain_of(self, way: _Way) -> TrainingChain:
-        return self.chain(way.size, spill=way.spill, together=self._together(way))
+        return self.chain(way.size, spill=way.spill, together=self._together(way), growing=_growing(way))
 
     def _ways(self) -> list[_Way]:
         storage = self.premises.techniques.spill and self.premises.rates.write is not None
@@ -223,8 +239,11 @@ class Planner:
 
     def plain(self) -> tuple[float, int]:
         """Seconds and activation bytes of the plain step."""
-        chain = self.chain(self._study.batch).chain
+        chain = self._chain_of(self._plain_way()).chain
         return evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])
+
+    def _plain_way(self) -> _Way:
+        return _Way(1, self._study.batch, False, self.premises.tiers[0])
 
     def minimum(self) -> tuple[int, str]:
         """The smallest budget with a plan, and what sets it."""
@@ -266,7 +285,8 @@ class Planner:
         """Bytes besides activations and their margin."""
         premises, static = self.premises, way.tier.static
         twice = static.largest_gradient if way.parts > 1 else 0
-        return static.total + twice + (premises.in_flight if way.spill else 0) + premises.slack
+        gradients = static.gradients if _growing(way) else 0  # counted with the activations
+        return static.total - gradients + twice + (premises.in_flight if way.spill else 0) + premises.slack
 
     def _total(self, activations: int, way: _Way) -> int:
         return self._outside(way) + activations + max(int(activations * MARGIN_SHARE), MARGIN_LEAST)
@@ -310,7 +330,8 @@ class Planner:
         premises = self.premises
         if premises.parts not in (None, 1) or premises.tiers[0].window:
             return None
-        chain = self.chain(self._study.batch).chain
+        way = self._plain_way()
+        chain = self._chain_of(way).chain
         items = tuple(Kept(unit) for unit in range(len(chain.units)))
         seconds, peak = evaluate(chain, items)
         plan = self._finished(
@@ -325,6 +346,9 @@ class Planner:
     def _finished(self, budget: int, seconds: float, way: _Way, schedule: Schedule) -> TrainPlan:
         made = self._chain_of(way)
         step, foreseen = self._compiled(way, schedule)
+        gradients = way.tier.static.gradients
+        if _growing(way):
+            gradients = min(gradients, foreseen.gradients) if foreseen is not None else 0
         activations = self._count(way, schedule, foreseen)
         plain_seconds, plain_activations = self.plain()
         least, limiter = self.minimum()
@@ -332,13 +356,13 @@ class Planner:
             budget=budget,
             parts=way.parts,
             micro_batch=way.size,
-            static=way.tier.static,
+            static=replace(way.tier.static, gradients=gradients),
             tier=way.tier,
-            activations=activations,
+            activations=activations - (gradients if _growing(way) else 0),
             predicted_peak=self._total(activations, way),
             predicted_seconds=seconds,
             plain_seconds=plain_seconds,
-            plain_peak=self._total(plain_activations, _Way(1, self._study.batch, False, self.premises.tiers[0])),
+            plain_peak=self._total(plain_activations, self._plain_way()),
             min_budget=least,
             bottleneck=limiter,
             schedule=schedule.describe(made.chain),
@@ -364,8 +388,9 @@ class Planner:
             # All wait at a meeting, or one is in its backward while the others' savings wait for theirs.
             waiting = (way.parts - 1) * foreseen.forward_peak
             activations = waiting + max(foreseen.forward_peak, foreseen.backward_peak)
-        # The optimizer's own temporaries come when the activations are gone.
-        return max(activations, 2 * way.tier.static.largest_gradient)
+        # The optimizer's own temporaries come when the activations are gone and the gradients are all there.
+        static = way.tier.static
+        return max(activations, 2 * static.largest_gradient + (static.gradients if _growing(way) else 0))
 
     def _refused(self) -> list[str]:
         premises, reasons = self.premises, []
@@ -400,7 +425,7 @@ class Planner:
     def curve(self, parts: int = 1, *, spill: bool = False) -> list[tuple[int, float]]:
         """Total bytes against predicted seconds, for one number of micro-batches."""
         way = _Way(parts, -(-self._study.batch // parts), spill, self.premises.tiers[0])
-        chain = self.chain(way.size, spill=spill).chain
+        chain = self._chain_of(way).chain
         most = evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])[1]
         return [(self._total(size, way), parts * seconds) for size, seconds in frontier(self._solve(way, most))]
 
@@ -408,3 +433,8 @@ class Planner:
 def _is_plain(schedule: Schedule) -> bool:
     """Whether nothing is done but what autograd does anyway."""
     return all(isinstance(item, Kept) and item.option == 0 for item in schedule.items)
+
+
+def _growing(way: _Way) -> bool:
+    """Whether gradients are not there before the backward pass makes them."""
+    return way.parts == 1 and way.tier.growing

@@ -99,6 +99,12 @@ class Preparation:
         """The planner of such batches, which were planned for before."""
         return self._planners[signature(self.inner, inputs, targets)]
 
+    def reserve(self, slack: int) -> None:
+        """Plan from now on with so many bytes more for what kernels and the allocator take beside tensors."""
+        for planner in self._planners.values():
+            planner.reserve(slack)
+        self._plans.clear()
+
     def frozen(self) -> AbstractContextManager[Any]:
         """BatchNorm in eval mode, where that was asked for."""
         return frozen_batch_norm(self.inner) if self.batch_norm == "frozen" else nullcontext()
@@ -125,7 +131,13 @@ class Preparation:
 
         made = study(self.inner, forward, inputs, targets)
         self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
-        static = replace(self.whole, batch=static_bytes(self.inner, None, inputs, targets).batch)
+        # DistributedDataParallel has buckets of its own for gradients on their way, from the beginning.
+        copies = 1 if self.model is self.inner else 2
+        static = replace(
+            self.whole,
+            gradients=copies * self.whole.gradients,
+            batch=static_bytes(self.inner, None, inputs, targets).batch,
+        )
         room = budget - static.weights - static.gradients - static.batch
         fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
         if fitting:
@@ -137,8 +149,9 @@ class Preparation:
                     budget,
                     rates=self.rates,
                     in_backward=self.step_in_backward,
-                    storage=self.switches.state and not self.scaled,
+                    storage=self.switches.state and not self.scaled and self.model is self.inner,
                     weights=self.weights,
+                    growing=self.model is self.inner,
                 )
             ),
             splittable=self._why_not_split(loss_plan, coupled, inputs, targets),

@@ -49,7 +49,9 @@ _SMALLER = 0.8  # of the budget, after a step that ran out of memory
 _MOST_ATTEMPTS = 8
 _IN_FLIGHT = 16 << 20  # bytes of activations on their way to or from storage
 _ALLOCATOR = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
-_ENFORCED = 96 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
+_CLOSE = 0.98  # of the budget: measured peaks up to there ask for no more room
+_LEARNING = 3  # steps
+_ENFORCED = 256 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
 
 
 class TrainStep:
@@ -363,9 +365,22 @@ class TrainStep:
             )
         return self._update
 
+    def _learn(self, peak: int, record: StepRecord) -> None:
+        """Kernels that take more beside tensors than was set aside are seen in the first steps; then it is more."""
+        over = peak - max(record.predicted_peak, int(record.budget * _CLOSE))
+        if over <= 0 or self._report.count >= _LEARNING or self._last is None:
+            return
+        slack = peak - record.predicted_peak
+        if self._last.min_budget + slack > record.budget:
+            return  # no plan would be left; the report tells what was measured
+        self._preparation.reserve(slack)
+        what = f"{format_bytes(slack)} more set aside for what kernels and the allocator take beside tensors"
+        self._report.changes.append((self._report.count, what))
+
     def _note(self, outcome: Outcome, record: StepRecord, start: float) -> None:
         peak = max(0, process_memory().hwm - self._base())
         seconds = time.perf_counter() - start
+        self._learn(peak, record)
         spilled = self._written() - record.spilled
         self._report.add(replace(record, seconds=seconds, measured_peak=peak, spilled=spilled))
 

@@ -27,6 +27,7 @@ class Tier:
         seconds: of reading and writing per step.
         written: bytes written per step.
         window: bytes for weights that are on storage; 0 where none are.
+        growing: gradients are in memory, and come one by one in the backward pass of a batch that is not split.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Tier:
     seconds: float = 0.0
     written: int = 0
     window: int = 0
+    growing: bool = False
 
 
 def bucket_bytes(static: StaticBytes) -> int:
@@ -49,6 +51,7 @@ def tiers(
     in_backward: bool,
     storage: bool,
     weights: TrainingWeights | None,
+    growing: bool = True,
 ) -> list[Tier]:
     """The tiers that there are, quickest first.
 
@@ -59,18 +62,20 @@ def tiers(
         in_backward: gradients are stepped as they come, and do not wait for a norm to clip to.
         storage: state may go to the folder.
         weights: on storage; None where all are in memory.
+        growing: gradients come one by one; False where something makes room for all of them beforehand.
     """
+    growing = growing and not in_backward
     bucket = bucket_bytes(static)
     if in_backward:
         static = replace(static, gradients=min(static.gradients, 2 * max(bucket, static.largest_gradient)))
-    found = [Tier("memory", static)]
+    found = [Tier("memory", static, growing=growing)]
     if storage and rates.write is not None and rates.read is not None:
         moving = rates.write + rates.read
         held = min(static.optimizer, _BUCKETS_IN_MEMORY * max(bucket, 2 * static.largest_gradient))
         moved = static.optimizer
         if moved > held:
             out = replace(static, optimizer=held)
-            found.append(Tier("state", out, moved * moving, moved))
+            found.append(Tier("state", out, moved * moving, moved, growing=growing))
         gradients = min(static.gradients, 4 * max(bucket, static.largest_gradient))
         if gradients < static.gradients or (weights is not None and weights.stored is not None):
             moved += static.gradients

@@ -46,7 +46,7 @@ def at_batch(small: Tape, large: Tape, batch: int) -> Tape:
         for a, b in zip(small.storages, large.storages, strict=True)
     ]
     backward = [
-        BackwardEvent(a.kind, a.storage, a.saved_at, fitted(a.live, b.live), a.seconds)
+        BackwardEvent(a.kind, a.storage, a.saved_at, fitted(a.live, b.live), a.seconds, a.gradients)
         for a, b in zip(small.backward, large.backward, strict=True)
     ]
     return replace(large, ops=[replace(op) for op in large.ops], storages=storages, backward=backward, batch=batch)

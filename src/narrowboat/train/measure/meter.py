@@ -225,15 +225,16 @@ class Meter(TorchDispatchMode):
     def tape(self, batch: int) -> Tape:
         """The pass as numbers."""
         events: list[BackwardEvent] = []
-        live = 0
+        live = grown = 0
         for kind, number, saved_at, size, seconds in self._changes:
             if number in self._gradients:
+                grown += size
                 continue
             if kind in ("born", "died"):
                 live += size if kind == "born" else -size
-                events.append(BackwardEvent("live", number, 0, live, seconds))
+                events.append(BackwardEvent("live", number, 0, live, seconds, grown))
             else:
-                events.append(BackwardEvent(kind, number, saved_at, live, seconds))
+                events.append(BackwardEvent(kind, number, saved_at, live, seconds, grown))
         return Tape(
             ops=self._ops,
             storages=self._storages,

@@ -24,6 +24,7 @@ class Foreseen:
         spilled: bytes that go to storage.
         replayed_seconds: time of the replays, by the measured times.
         where: the module at work at the worst moment.
+        gradients: bytes of parameters' gradients that are there at the worst moment of the backward pass.
     """
 
     peak: int
@@ -32,6 +33,7 @@ class Foreseen:
     spilled: int
     replayed_seconds: float
     where: str
+    gradients: int = 0
 
 
 def foresee(tape: Tape, plan: StepPlan, in_flight: int = 0) -> Foreseen:
@@ -61,6 +63,7 @@ class _Count:
         self._peaks = [0, 0]
         self._where = ["", ""]
         self._live = 0
+        self._gradients = self._gradients_then = 0
 
     def run(self) -> Foreseen:
         self._forward()
@@ -74,6 +77,7 @@ class _Count:
             spilled=self._spilled,
             replayed_seconds=self._plan.replayed_seconds,
             where=self._where[worst],
+            gradients=self._gradients_then if worst else 0,
         )
 
     # -- holding -------------------------------------------------------------------------------------------------
@@ -94,6 +98,7 @@ class _Count:
         total = self._held + self._extra + self._live + more
         if total > self._peaks[phase]:
             self._peaks[phase], self._where[phase] = total, where
+            self._gradients_then = self._gradients
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -151,7 +156,7 @@ class _Count:
 
     def _backward(self) -> None:
         for event in self._tape.backward:
-            self._live = event.live
+            self._live, self._gradients = event.live, event.gradients
             if event.kind == "need":
                 self._bring(event.storage, self._plan.treatments[(event.storage, event.saved_at)][1])
             elif event.kind == "done":

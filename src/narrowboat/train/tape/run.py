@@ -30,6 +30,7 @@ from narrowboat.train.tape.facts import OpFacts, facts_of
 from narrowboat.train.tape.frames import Frame, StepPlan, Treatment
 from narrowboat.train.tape.leaves import plain, tensors_in, written_tensors
 from narrowboat.train.tape.storages import StorageNumbers
+from narrowboat.train.tape.structure import Signature
 
 log = logging.getLogger("narrowboat")
 _AHEAD = 4  # storages read before they are asked for; the pool bounds their bytes
@@ -185,6 +186,9 @@ class TapeRun(TorchDispatchMode):
 
     def _before_writes(self, facts: OpFacts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
         """Bring what replays need into safety from what the operator is about to write; gives what it reads."""
+        numbers = (self._numbers.get(each.untyped_storage()) for each in tensors_in((args, kwargs)) if plain(each))
+        read = tuple(dict.fromkeys(number for number in numbers if number is not None))
+        planned = self.departed is None and self._expected(self._at)[::2] == (facts.name, read)
         for tensor in written_tensors(facts, args, kwargs):
             if not plain(tensor):
                 continue
@@ -193,12 +197,11 @@ class TapeRun(TorchDispatchMode):
             if number is None:
                 for alias in self._aliases.pop(storage._cdata, ()):
                     alias.part()
-            elif self.departed is not None:
+            elif not planned:
                 # The plan holds storages only from their last change on; this is one more.
                 for frame in self._open.values():
                     frame.part_from(number)
-        numbers = (self._numbers.get(each.untyped_storage()) for each in tensors_in((args, kwargs)) if plain(each))
-        return tuple(dict.fromkeys(number for number in numbers if number is not None))
+        return read
 
     @contextmanager
     def _own_operators(self) -> Iterator[None]:
@@ -208,9 +211,12 @@ class TapeRun(TorchDispatchMode):
         finally:
             self._quiet = False
 
+    def _expected(self, at: int) -> Signature:
+        return self._plan.signature[at] if at < len(self._plan.signature) else ("the end", 0, ())
+
     def _follows(self, at: int, name: str, created: int, read: tuple[int, ...] | None) -> bool:
         """Whether the operator is the plan's next; ``read`` matters where it runs again or writes, else it is None."""
-        expected = self._plan.signature[at] if at < len(self._plan.signature) else ("the end", 0, ())
+        expected = self._expected(at)
         if expected == (name, created, expected[2] if read is None else read):
             return True
         other = " of other tensors" if expected[0] == name else ""
@@ -250,6 +256,12 @@ class TapeRun(TorchDispatchMode):
             return Held(cell, ref_to(tensor, number), self, tensor, keep=self._check)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            # Gradients are on in a backward pass only where it is itself to be differentiated.
+            raise ReplayError(
+                "a loss that differentiates through a backward pass (create_graph=True) needs the history of "
+                "activations, which a plan does not keep: take such terms out of the budgeted step"
+            )
         if isinstance(packed, (Kept, Held)):
             return packed.unpack()
         return packed
@@ -329,7 +341,7 @@ class TapeRun(TorchDispatchMode):
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() and tensor.dim() else tensor.reshape(1)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Nothing here touches torch: a ``Tape`` is made by ``train.measure`` and read by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from narrowboat.train.tape.facts import Kind
 
@@ -80,6 +80,7 @@ class BackwardEvent:
         saved_at: for "need" and "done": which saving of it, as in ``TapeStorage.saved_at``.
         live: bytes of gradients (those of parameters apart) and temporaries after the event.
         seconds: since the backward pass began.
+        gradients: bytes of parameters' gradients that are there after the event.
     """
 
     kind: str
@@ -87,6 +88,7 @@ class BackwardEvent:
     saved_at: int
     live: int
     seconds: float = 0.0
+    gradients: int = 0
 
 
 @dataclass(slots=True)
@@ -118,6 +120,10 @@ class Tape:
     def signature(self) -> tuple[Signature, ...]:
         """What has to be equal for a plan of one pass to fit another."""
         return tuple((op.name, len(op.created), op.read) for op in self.ops)
+
+    def with_gradients(self) -> Tape:
+        """The pass with the gradients of parameters among what is alive, as they come one by one in the backward."""
+        return replace(self, backward=[replace(event, live=event.live + event.gradients) for event in self.backward])
 
     @property
     def saved_bytes(self) -> int:

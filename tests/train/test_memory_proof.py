@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from train_kit import budget_of, cross_entropy, sizeable
 
 from narrowboat.machine.cgroup import MemoryCgroup, writable_memory_cgroup
 from narrowboat.train.step import train_step
+from train_kit import budget_of, cross_entropy
+from train_memory_kit import sizeable
 
 MIB = 1 << 20
 REFUSAL = writable_memory_cgroup()
@@ -27,7 +28,7 @@ import torch
 torch.set_num_threads(1)
 kind, budget, folder = sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
 sys.path.insert(0, sys.argv[1])
-import train_kit
+import train_kit, train_memory_kit
 from narrowboat.machine.memory import process_memory
 import narrowboat.train.step as module
 module.reset_peak = lambda: None  # the mark covers everything from here on, measuring included
@@ -47,8 +48,8 @@ def train(model, x, y, budget):
         losses.append(loss.item())
     return losses, None
 
-train(*train_kit.sizeable(kind, small=True), budget and 1 << 40)
-model, x, y = train_kit.sizeable(kind)
+train(*train_memory_kit.sizeable(kind, small=True), budget and 1 << 40)
+model, x, y = train_memory_kit.sizeable(kind)
 held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), x, y))
 baseline = process_memory().rss - held
 losses, step = train(model, x, y, budget)
@@ -77,7 +78,7 @@ def run(kind: str, budget: int = 0, folder: Path | str = "", group: MemoryCgroup
 
 @cache
 def budget_for(kind: str, folder: Path | None = None) -> tuple[int, int]:
-    """The bytes that leave activations two fifths of what the plain step's take (a half, with a folder), and without."""
+    """The bytes that leave activations two fifths of the plain step's (a half, with a folder), and without any."""
     model, x, y = sizeable(kind)
     techniques = ["spill"] if folder else None
     optimizer = torch.optim.AdamW(model.parameters())

@@ -7,6 +7,7 @@ is taken: that gives SAGE's order where small micro-batches cost nothing, and re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from narrowboat.train.tape.frames import StepPlan, compile_plan
 from narrowboat.train.tiers import Tier
 
 MARGIN_SHARE = 0.04  # of activations: what the operators' kernels take inside
-MARGIN_LEAST = 4 << 20
+MARGIN_LEAST = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Premises:
         parts: the number of micro-batches, if it is given.
         joint: passes of micro-batches that are all under way at once and meet at each BatchNorm; None where they
             follow each other.
+        notes: what else was not used, and why.
     """
 
     tiers: tuple[Tier, ...]
@@ -52,6 +54,7 @@ class Premises:
     accumulate: bool = True
     parts: int | None = None
     joint: Study | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +190,10 @@ class Planner:
         last = len(made.options) - 1
         if last < 1 or not (techniques.recompute or techniques.reduce):
             return None
-        inside = tuple(Kept(unit) for unit in range(last))
-        items = (Segment(0, last, inside), Kept(last))
-        return compile_plan(made.tape, made.cuts, made.options, items)
+        step = math.isqrt(last - 1) + 1
+        ends = [(start, min(start + step, last)) for start in range(0, last, step)]
+        segments = (Segment(start, end, tuple(Kept(unit) for unit in range(start, end))) for start, end in ends)
+        return compile_plan(made.tape, made.cuts, made.options, [*segments, Kept(last)])
 
     def chain(self, size: int, *, spill: bool = False, together: bool = False, growing: bool = False) -> TrainingChain:
         """The chain of a micro-batch of ``size`` samples.
@@ -390,7 +394,7 @@ class Planner:
             activations = waiting + max(foreseen.forward_peak, foreseen.backward_peak)
         # The optimizer's own temporaries come when the activations are gone and the gradients are all there.
         static = way.tier.static
-        return max(activations, 2 * static.largest_gradient + (static.gradients if _growing(way) else 0))
+        return max(activations, static.temporaries + (static.gradients if _growing(way) else 0))
 
     def _refused(self) -> list[str]:
         premises, reasons = self.premises, []
@@ -405,7 +409,7 @@ class Planner:
             reasons.append("accumulate: switched off")
         if premises.unsafe:
             reasons.append(f"recomputing {len(premises.unsafe)} activations: their replay gave other bits")
-        return reasons
+        return [*reasons, *premises.notes]
 
     def _refusal(self, budget: int) -> BudgetError:
         least, limiter = self.minimum()

@@ -17,6 +17,7 @@ from narrowboat.train.batch_statistics import (
     modules_that_move_with_each_pass,
     modules_with_batch_statistics,
 )
+from narrowboat.train.fuse import Fusion
 from narrowboat.train.lockstep import run_as_one_of_many
 from narrowboat.train.loss import LossPlan, call_loss
 from narrowboat.train.loss_trace import plan_loss
@@ -55,6 +56,7 @@ class Preparation:
         micro_batches: their number, if it is given.
         scaled: a gradient scaler is used.
         step_in_backward: gradients are stepped as they come and are never all there.
+        fusion: compiles blocks; None where that was not asked for.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Preparation:
     micro_batches: int | None = None
     scaled: bool = False
     step_in_backward: bool = False
+    fusion: Fusion | None = None
     whole: StaticBytes | None = None
     _planners: dict[Hashable, Planner] = field(default_factory=dict)
     _passes: dict[Hashable, Passes] = field(default_factory=dict)
@@ -129,6 +132,8 @@ class Preparation:
         def together(some_inputs: Any, some_targets: Any) -> torch.Tensor:
             return run_as_one_of_many(self.inner, lambda: forward(some_inputs, some_targets))
 
+        if self.fusion is not None:
+            self.fusion.prepare(forward, inputs, targets)
         made = study(self.inner, forward, inputs, targets)
         self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
         # DistributedDataParallel has buckets of its own for gradients on their way, from the beginning.
@@ -161,6 +166,7 @@ class Preparation:
             accumulate=self.switches.accumulate,
             parts=self.micro_batches,
             joint=study(self.inner, together, inputs, targets).timed_as(made) if passes.lockstep else None,
+            notes=self.fusion.reasons if self.fusion is not None else (),
         )
         planner = Planner(made, premises)
         keep_what_differs(planner, self.inner, forward, inputs, targets)

@@ -25,6 +25,7 @@ class StaticBytes:
         optimizer: its state after the first step.
         batch: the batch that the caller holds.
         largest_gradient: the largest gradient of one parameter; under accumulation it is there twice for a moment.
+        temporaries: what the optimizer's step takes, when the activations are gone.
     """
 
     weights: int
@@ -33,6 +34,7 @@ class StaticBytes:
     optimizer: int
     batch: int
     largest_gradient: int
+    temporaries: int = 0
 
     @property
     def total(self) -> int:
@@ -41,20 +43,33 @@ class StaticBytes:
 
     def as_dict(self) -> dict[str, int]:
         """For reports."""
-        return {key: value for key, value in asdict(self).items() if key != "largest_gradient"}
+        return {key: value for key, value in asdict(self).items() if key not in ("largest_gradient", "temporaries")}
 
 
 def static_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, inputs: Any, targets: Any) -> StaticBytes:
     """Count them; tied weights and shared storages once."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    largest = max((p.numel() * p.element_size() for p in trained), default=0)
     return StaticBytes(
         weights=_distinct(model.parameters()),
         buffers=_distinct(model.buffers()),
         gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         optimizer=state_bytes(optimizer) if optimizer is not None else 0,
         batch=_distinct(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)),
-        largest_gradient=max((p.numel() * p.element_size() for p in trained), default=0),
+        largest_gradient=largest,
+        temporaries=_temporaries(optimizer, largest) if optimizer is not None else 0,
     )
+
+
+def _temporaries(optimizer: torch.optim.Optimizer, largest: int) -> int:
+    """torch's loops take up to two tensors of a parameter's size, at once for all under ``foreach``; fused ones none."""
+    most = 0
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            continue
+        sizes = [p.numel() * p.element_size() for p in group["params"] if p.requires_grad]
+        most = max(most, sum(sizes) if group.get("foreach") else min(max(sizes, default=0), largest))
+    return 2 * most
 
 
 def _distinct(tensors: Iterable[torch.Tensor]) -> int:

@@ -28,6 +28,7 @@ from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.quantities import format_bytes
 from narrowboat.train.budget import BudgetInForce
 from narrowboat.train.distributed import Ranks
+from narrowboat.train.fuse import Fusion
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.passes import Outcome, drain_autograd
 from narrowboat.train.plan import TrainPlan
@@ -96,6 +97,7 @@ class TrainStep:
         self._in_backward, self._resume, self._enforce = in_backward, resume, enforce
         _check_optimizer(self._inner, optimizer)
         switches = Switches.of(techniques)
+        self._fusion = Fusion(self._inner) if switches.fuse else None
         self._budget = BudgetInForce(budget, adapt=adapt)
         self._baseline: int | None = None
         self._folder = Path(spill) if spill is not None else None
@@ -130,6 +132,7 @@ class TrainStep:
             micro_batches=micro_batches,
             scaled=scaler is not None,
             step_in_backward=in_backward and clip_grad_norm is None,
+            fusion=self._fusion,
         )
         self._last: TrainPlan | None = None
         self._update: Update | StoredUpdate | None = None
@@ -223,6 +226,8 @@ class TrainStep:
             self._pool.close()
         if self._weights is not None:
             self._weights.close()
+        if self._fusion is not None:
+            self._fusion.close()
         self._closed = True
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -338,15 +343,12 @@ class TrainStep:
         if self._update is not None:
             self._update.close()
             self._update = None
-        whole = self._preparation.whole
-        assert whole is not None
         if self._weights is not None and self._weights.stored is not None:
             assert self._folder is not None
             self._update = StoredUpdate(
                 self._inner,
                 self.optimizer,
                 plan.tier,
-                whole,
                 self._folder,
                 self._weights,
                 clip=self._clip,
@@ -357,7 +359,6 @@ class TrainStep:
                 self._inner,
                 self.optimizer,
                 plan.tier,
-                whole,
                 self._folder,
                 clip=self._clip,
                 scaler=self._scaler,

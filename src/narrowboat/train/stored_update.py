@@ -15,8 +15,7 @@ from torch import nn
 
 from narrowboat.errors import TrainingError
 from narrowboat.train.state import GradientStore, StoredOptimizer
-from narrowboat.train.static import StaticBytes
-from narrowboat.train.tiers import Tier, bucket_bytes
+from narrowboat.train.tiers import Tier
 from narrowboat.train.weights import TrainingWeights
 
 
@@ -26,7 +25,6 @@ class StoredUpdate:
     Args:
         model, optimizer: as the user has them.
         tier: where things are.
-        static: with the state in memory; it sets the size of the buckets.
         folder: for state and gradients.
         weights: the model's weights on storage.
         clip: largest norm; None for no clipping.
@@ -40,7 +38,6 @@ class StoredUpdate:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tier: Tier,
-        static: StaticBytes,
         folder: Path,
         weights: TrainingWeights,
         *,
@@ -50,7 +47,7 @@ class StoredUpdate:
         assert weights.stored is not None
         self.tier = tier
         self._weights, self._stored, self._clip = weights, weights.stored, clip
-        bucket = bucket_bytes(static)
+        bucket = tier.bucket
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = StoredOptimizer(optimizer, folder, bucket_bytes=bucket, resume=resume)
         try:

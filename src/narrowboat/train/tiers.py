@@ -9,6 +9,7 @@ from narrowboat.train.static import StaticBytes
 from narrowboat.train.weights import TrainingWeights
 
 _LEAST_BUCKET, _MOST_BUCKET = 1 << 20, 32 << 20
+_BUCKETS_IN_BUDGET = 40
 _BUCKETS_IN_MEMORY = 3  # one stepped, one coming, one leaving
 _WINDOWS = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85)  # shares of the budget tried for the window of weights
 _OVERLAP = 0.5  # of reading weights with computing, as far as plans count on it
@@ -27,6 +28,7 @@ class Tier:
         seconds: of reading and writing per step.
         written: bytes written per step.
         window: bytes for weights that are on storage; 0 where none are.
+        bucket: bytes of parameters that are stepped at a time, where they are stepped in buckets.
         growing: gradients are in memory, and come one by one in the backward pass of a batch that is not split.
     """
 
@@ -35,12 +37,14 @@ class Tier:
     seconds: float = 0.0
     written: int = 0
     window: int = 0
+    bucket: int = _LEAST_BUCKET
     growing: bool = False
 
 
-def bucket_bytes(static: StaticBytes) -> int:
-    """Bytes of a bucket: a sixteenth of the state, within bounds."""
-    return min(max(max(static.optimizer, static.gradients) // 16, _LEAST_BUCKET), _MOST_BUCKET)
+def _bucket_bytes(static: StaticBytes, budget: int) -> int:
+    """A sixteenth of the state, but not so much that several of them weigh in the budget."""
+    wanted = min(max(static.optimizer, static.gradients) // 16, budget // _BUCKETS_IN_BUDGET)
+    return min(max(wanted, _LEAST_BUCKET), _MOST_BUCKET)
 
 
 def tiers(
@@ -65,22 +69,23 @@ def tiers(
         growing: gradients come one by one; False where something makes room for all of them beforehand.
     """
     growing = growing and not in_backward
-    bucket = bucket_bytes(static)
+    bucket = _bucket_bytes(static, budget)
     if in_backward:
         static = replace(static, gradients=min(static.gradients, 2 * max(bucket, static.largest_gradient)))
-    found = [Tier("memory", static, growing=growing)]
+    found = [Tier("memory", static, bucket=bucket, growing=growing)]
     if storage and rates.write is not None and rates.read is not None:
         moving = rates.write + rates.read
-        held = min(static.optimizer, _BUCKETS_IN_MEMORY * max(bucket, 2 * static.largest_gradient))
+        # A parameter larger than a bucket is one by itself, and no other is read or written beside it.
+        held = min(static.optimizer, _BUCKETS_IN_MEMORY * bucket + 2 * static.largest_gradient)
         moved = static.optimizer
         if moved > held:
             out = replace(static, optimizer=held)
-            found.append(Tier("state", out, moved * moving, moved, growing=growing))
-        gradients = min(static.gradients, 4 * max(bucket, static.largest_gradient))
+            found.append(Tier("state", out, moved * moving, moved, bucket=bucket, growing=growing))
+        gradients = min(static.gradients, 4 * bucket + static.largest_gradient)
         if gradients < static.gradients or (weights is not None and weights.stored is not None):
             moved += static.gradients
             both = replace(static, optimizer=held, gradients=gradients)
-            found.append(Tier("gradients", both, moved * moving, moved))
+            found.append(Tier("gradients", both, moved * moving, moved, bucket=bucket))
     if weights is None:
         return found
     if weights.stored is not None:

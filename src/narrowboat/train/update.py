@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from narrowboat.train.state import BucketedOptimizer, GradientStore, InBackward, StoredOptimizer
-from narrowboat.train.static import StaticBytes
-from narrowboat.train.tiers import Tier, bucket_bytes
+from narrowboat.train.tiers import Tier
 
 
 class Update:
@@ -36,7 +35,6 @@ class Update:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         tier: Tier,
-        static: StaticBytes,
         folder: Path | None,
         *,
         clip: float | None,
@@ -51,7 +49,7 @@ class Update:
         self._stored: StoredOptimizer | None = None
         self._store: GradientStore | None = None
         self._steps: InBackward | None = None
-        bucket = bucket_bytes(static)
+        bucket = tier.bucket
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if tier.name != "memory":
             assert folder is not None

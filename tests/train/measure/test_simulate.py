@@ -16,7 +16,8 @@ from narrowboat.train.measure.simulate import foresee
 from narrowboat.train.tape.frames import StepPlan, UnitOption, compile_plan
 from narrowboat.train.tape.run import TapeRun
 from tape_kit import Hand, layers
-from train_kit import GPT, LiveTensors, ResNet, cross_entropy, random_items
+from train_kit import GPT, ResNet, cross_entropy, random_items
+from train_memory_kit import LiveTensors
 
 
 class Subject:

@@ -52,7 +52,9 @@ class Study:
 
     def tape(self, batch: int) -> Tape:
         """The pass of ``batch`` samples, with durations."""
-        if alike(self.small, self.large) and self.small.batch != self.large.batch:
+        fits = alike(self.small, self.large) and self.small.batch != self.large.batch
+        # A single sample lies in memory in another order, and layers spare themselves copies then.
+        if fits and (batch > 1 or self._resize is None):
             tape = at_batch(self.small, self.large, batch)
         elif batch == self.large.batch or self._resize is None:
             tape = self.large

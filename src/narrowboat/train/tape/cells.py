@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -148,21 +149,27 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 class Held:
     """A saved tensor as a view of a cell."""
 
-    __slots__ = ("cell", "original", "ref", "run", "version", "witness")
+    __slots__ = ("bits", "cell", "ref", "run", "version", "witness")
 
-    def __init__(self, cell: Cell, ref: Ref, run: TapeRun, saved: torch.Tensor, *, keep: bool = False) -> None:
+    def __init__(self, cell: Cell, ref: Ref, run: TapeRun, saved: torch.Tensor, *, check: bool = False) -> None:
         self.cell = cell
         self.ref = ref
         self.run = run
         self.witness = witness(saved)
         self.version = saved._version
-        self.original = saved.detach() if keep else None
+        self.bits = fingerprint(saved) if check else b""
 
     def unpack(self) -> torch.Tensor:
         """The tensor, after whatever has to run first. Raises RuntimeError if it was written to since."""
         check_version(self.witness, self.version, self.ref.size)
         self.run.bring(self.cell)
         tensor = self.ref.over(self.cell.get())
-        if self.original is not None:
-            self.run.compare(self.cell, tensor, self.original)
+        if self.bits and fingerprint(tensor) != self.bits:
+            self.run.wrong.add(self.cell.number)
         return tensor
+
+
+def fingerprint(tensor: torch.Tensor) -> bytes:
+    """A few bytes that differ where any bit of two tensors does."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()

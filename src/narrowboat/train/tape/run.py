@@ -85,7 +85,7 @@ class TapeRun(TorchDispatchMode):
     Args:
         plan: what to do with each saved storage.
         pool: where spilled storages go; None if the plan spills nothing.
-        check: keep everything as well, and compare what replays bring back bit by bit.
+        check: note what everything was, and compare what replays bring back with that, bit by bit.
 
     Attributes:
         departed: the operator (index, its name, the name expected) at which the pass left the plan; None if it did
@@ -253,7 +253,7 @@ class TapeRun(TorchDispatchMode):
                 self._spilled.append(weakref.ref(cell))
             self._cells[(number, unit)] = cell
         with self._own_operators():
-            return Held(cell, ref_to(tensor, number), self, tensor, keep=self._check)
+            return Held(cell, ref_to(tensor, number), self, tensor, check=self._check)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -323,12 +323,6 @@ class TapeRun(TorchDispatchMode):
             for unit in range(inner.plan.start, inner.plan.stop):
                 self._frame_of_unit[unit] = index
 
-    def compare(self, cell: Cell, again: torch.Tensor, original: torch.Tensor) -> None:
-        """Note whether what a replay brought back has the bits of the original."""
-        same = again.shape == original.shape and torch.equal(_bits(again), _bits(original.detach()))
-        if not same:
-            self.wrong.add(cell.number)
-
     def close(self) -> None:
         """Let go of everything; the graph of this pass can no longer be used."""
         for frame in self._open.values():
@@ -338,10 +332,6 @@ class TapeRun(TorchDispatchMode):
         self._aliases.clear()
         for cell in list(self._cells.values()):
             cell.drop()
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager

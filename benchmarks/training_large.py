@@ -105,7 +105,7 @@ def _lora(work: Path, steps: int) -> dict[str, Any]:
     adapters = add_lora(model, rank=8, alpha=16)
     step = nb.train_step(model, None, torch.optim.AdamW(adapters, 1e-3), budget="1000MiB", adapt=False)
     seconds, losses = [], []
-    for ids in _tokens(steps, 2, 128, 32_000):
+    for ids in _tokens(steps, 1, 64, 32_000):
         start = time.perf_counter()
         losses.append(float(step({"input_ids": ids, "labels": ids})))
         seconds.append(round(time.perf_counter() - start, 1))

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import narrowboat as nb
 from narrowboat.quantities import format_bytes
 
-BATCH = 256
+BATCH = 128
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
@@ -49,7 +49,7 @@ class Residual(nn.Module):
         return F.relu(x + self.branch(x))
 
 
-def network(width: int = 32, blocks: int = 16) -> nn.Module:
+def network(width: int = 24, blocks: int = 20) -> nn.Module:
     """Images [batch, 1, 8, 8] to logits [batch, 10]."""
     torch.manual_seed(0)
     return nn.Sequential(

@@ -29,6 +29,7 @@ from narrowboat.errors import UsageError
 from narrowboat.train.measure.real import untouched
 from narrowboat.train.micro_batch import batch_size, copied, rows
 from narrowboat.train.tape.facts import Kind, facts_of
+from narrowboat.train.undisturbed import attributes_kept
 
 log = logging.getLogger("narrowboat")
 
@@ -38,7 +39,7 @@ _REPEATS = 7
 _ROOM = 64 << 20  # bytes of a block's input up to which it is tried on the whole batch too
 _TRACED = 4099  # rows in a trace: any number but a likely size of another dimension
 # Linear code in one kernel needs no helpers; a pool of processes would outlive the step.
-_OPTIONS = {"compile_threads": 1}
+_OPTIONS: dict[str, Any] = {"compile_threads": 1}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Function = Callable[..., Any]
@@ -175,10 +176,10 @@ def _check_operators(forward: torch.fx.GraphModule, backward: torch.fx.GraphModu
     if len(work) < 2:
         raise _NotFusedError("it is a single operator")
     for facts in work:
-        if facts.writes or facts.writes_named:
-            raise _NotFusedError(f"it writes to tensors ({facts.name})")
         if facts.random:
             raise _NotFusedError(f"it draws random numbers ({facts.name})")
+        if facts.writes or facts.writes_named:
+            raise _NotFusedError(f"it writes to tensors ({facts.name})")
         if facts.kind not in (Kind.MAP, Kind.REDUCE):
             raise _NotFusedError(f"it does more than maps and normalisations ({facts.name})")
 
@@ -224,7 +225,7 @@ class _Fused:
             chain = self.chains.get(self.kind(args[0], tensors))
             if chain is not None:
                 return torch.ops.narrowboat.fused(chain.number, [args[0], *tensors])
-        return self.block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.block._call_impl(*args, **kwargs)
 
 
 class Fusion:
@@ -243,7 +244,9 @@ class Fusion:
     def __init__(self, model: nn.Module) -> None:
         on_cpu = all(parameter.device.type in ("cpu", "meta") for parameter in model.parameters())
         if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise UsageError('techniques="fuse" needs a C++ compiler (g++ or clang++, or CXX); install one or leave it out')
+            raise UsageError(
+                'techniques="fuse" needs a C++ compiler (g++ or clang++, or CXX); install one or leave it out'
+            )
         self._model = model
         self._blocks = {name: _Fused(module) for name, module in model.named_modules() if name and _may_be(module)}
         self._known: dict[tuple[Any, ...], tuple[Chain | None, float, str]] = {}
@@ -276,7 +279,9 @@ class Fusion:
                 done.append(name)
                 continue
             try:
-                chain, factor = self._chain(fused, x, tensors, [max(1, n // few) for n in (min(samples, _TIMED), samples)])
+                chain, factor = self._chain(
+                    fused, x, tensors, [max(1, n // few) for n in (min(samples, _TIMED), samples)]
+                )
             except _NotFusedError as reason:
                 self._refused[str(reason)] = self._refused.get(str(reason), 0) + 1
                 continue
@@ -300,7 +305,7 @@ class Fusion:
         """Every block is called as it was before."""
         for fused in self._blocks.values():
             if fused.block._compiled_call_impl is fused:
-                fused.block._compiled_call_impl = None
+                del fused.block._compiled_call_impl
 
     def _chain(self, fused: _Fused, x: Tensor, tensors: list[Tensor], times: list[int]) -> tuple[Chain, float]:
         mask = tuple(tensor.requires_grad for tensor in (x, *tensors))
@@ -309,7 +314,8 @@ class Fusion:
         if any(tensor.is_meta for tensor in tensors):
             raise _NotFusedError("its weights are on storage")
         try:
-            forward, backward = _trace(fused.block, fused.names, [x, *tensors], mask)
+            with attributes_kept(*fused.modules):
+                forward, backward = _trace(fused.block, fused.names, [x, *tensors], mask)
         except _NotFusedError:
             raise
         except Exception as error:  # tracing fails in as many ways as there is Python
@@ -320,8 +326,8 @@ class Fusion:
                 len(_chains),
                 forward,
                 backward,
-                torch.compile(forward, options=_OPTIONS),
-                torch.compile(backward, options=_OPTIONS),
+                torch.compile(forward.forward, options=_OPTIONS),
+                torch.compile(backward.forward, options=_OPTIONS),
                 mask,
             )
             _chains.append(chain)

@@ -10,8 +10,7 @@ It rounds otherwise than the two operators, so it is used only where ``"low_memo
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,19 +21,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrowboat.errors import TrainingError
-from narrowboat.train.loss import call_loss, torch_loss_options
+from narrowboat.train.loss import call_loss
 from narrowboat.train.measure.real import untouched
 from narrowboat.train.micro_batch import batch_size, copied, rows
 
-log = logging.getLogger("narrowboat")
-
 LEAST_CLASSES = 4096  # below it logits are no larger than other activations
 _TRIED = 2  # samples
+_CHUNK = 4 << 20  # bytes of logits
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _NotApplicableError(Exception):
-    """Why the loss is computed as it was given."""
+_NOTHING = object()
+
+
+class _NotApplicableError(TrainingError):
+    """Why the loss is to be computed as it was given."""
 
 
 @dataclass(slots=True)
@@ -45,13 +46,15 @@ class LowMemoryLoss:
         model: the module itself.
         loss_fn: as it was given; None for a Hugging Face model.
         head: the last layer.
-        options: of the cross entropy: ignore_index, reduction, weight, label_smoothing.
+        options: of the cross entropy: ignore_index, reduction, weight.
+        rows: of hidden states that one sample gives; known after ``check``.
     """
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
     head: nn.Linear
     options: dict[str, Any]
+    rows: int = 1
 
     @classmethod
     def of(
@@ -63,29 +66,32 @@ class LowMemoryLoss:
             made = cls(model, loss_fn, head, options)
             made.check(inputs, targets)
         except _NotApplicableError as reason:
-            return None, f"low_memory: {reason}"
+            return None, str(reason)
+        except Exception as error:  # a model may do anything with what it takes for logits
+            return None, f"low_memory: the model does not run without its logits ({type(error).__name__})"
         return made, ""
 
     def check(self, inputs: Any, targets: Any) -> None:
         """Compare loss and gradients with those of the model as it is. Raises _NotApplicableError."""
         if any(torch.is_autocast_enabled(parameter.device.type) for parameter in self.head.parameters()):
-            raise _NotApplicableError("not under autocast")
+            raise _not("not under autocast")
         samples = batch_size(inputs, targets)
 
         def few() -> list[Any]:
             return [copied(rows(tree, samples, 0, min(samples, _TRIED))) for tree in (inputs, targets)]
 
-        wanted = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        wanted = [*trained[:1], *(parameter for parameter in self.head.parameters() if parameter.requires_grad)]
         results = []
         for call in (partial(call_loss, self.model, self.loss_fn), self):
             with untouched(self.model):
                 loss = call(*few())
                 if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                    raise _NotApplicableError("the loss is no scalar with a graph")
-                results.append([loss.detach(), *torch.autograd.grad(loss, wanted)] if wanted else [loss.detach()])
+                    raise _not("the loss is no scalar with a graph")
+                results.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
         for ours, theirs in zip(*results, strict=True):
             if not _close(ours, theirs):
-                raise _NotApplicableError("on a few samples it gives another loss")
+                raise _not("on a few samples it gives another loss")
 
     def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """The loss of a micro-batch, attached.
@@ -94,11 +100,9 @@ class LowMemoryLoss:
             TrainingError: what came out of the last layer did not go to the loss as it was.
         """
         with self._without_logits() as hidden:
-            if self.loss_fn is None:
-                result = call_loss(self.model, None, inputs, targets)
-            else:
-                result = call_loss(self.model, partial(self._loss, hidden), inputs, targets)
-        return result
+            loss_fn = None if self.loss_fn is None else partial(self._loss, hidden)
+            loss: Tensor = call_loss(self.model, loss_fn, inputs, targets)
+        return loss
 
     @contextmanager
     def _without_logits(self) -> Iterator[list[Tensor]]:
@@ -109,28 +113,28 @@ class LowMemoryLoss:
             hidden.append(x)
             return x
 
-        before = self.head._compiled_call_impl
-        self.head._compiled_call_impl = through
-        model: Any = self.model
-        own = "_loss_function" in model.__dict__
-        old = model.__dict__.get("_loss_function")
+        # Where ``nn.Module.compile`` puts its callable; ``loss_function`` of Hugging Face's models looks there.
+        places: list[tuple[dict[str, Any], str, Any]] = [(self.head.__dict__, "_compiled_call_impl", through)]
         if self.loss_fn is None:
-            model._loss_function = partial(self._causal_loss, hidden)
+            places.append((self.model.__dict__, "_loss_function", partial(self._causal_loss, hidden)))
+        before = [table.get(name, _NOTHING) for table, name, _ in places]
+        for table, name, value in places:
+            table[name] = value
         try:
             yield hidden
         finally:
-            self.head._compiled_call_impl = before
-            if self.loss_fn is None and own:
-                model._loss_function = old
-            elif self.loss_fn is None:
-                del model._loss_function
+            for (table, name, _), old in zip(places, before, strict=True):
+                table.pop(name, None)
+                if old is not _NOTHING:
+                    table[name] = old
 
-    def _loss(self, hidden: list[Tensor], output: Any, target: Tensor, **more: Any) -> Tensor:
+    def _loss(self, hidden: list[Tensor], output: Any, target: Tensor) -> Tensor:
         if len(hidden) != 1 or output is not hidden[0]:
             raise _changed()
+        self.rows = max(1, output.numel() // output.shape[-1] // max(1, target.shape[0] if target.dim() else 1))
         if output.dim() > 2 or target.dtype != torch.int64:
-            raise _NotApplicableError("the targets are no class numbers for rows of logits")
-        return self._chunked(output, target, **{**self.options, **more})
+            raise _not("the targets are no class numbers for rows of logits")
+        return self._chunked(output, target, **self.options)
 
     def _causal_loss(
         self,
@@ -150,6 +154,7 @@ class LowMemoryLoss:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"
         states = logits.reshape(-1, logits.shape[-1])
+        self.rows = max(1, states.shape[0] // labels.shape[0])
         loss = self._chunked(states, shift_labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
@@ -159,43 +164,51 @@ class LowMemoryLoss:
             self.head.weight,
             target,
             linear_bias=self.head.bias,
-            options=nn.LinearCrossEntropyOptions(),
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=self._chunk(states.shape[0]), chunking_method=None),
             **options,
         )
 
-    def inside(self, hidden_rows: int) -> int:
-        """Bytes that the operator takes inside, beside what it is given and what it returns.
+    def inside(self, samples: int) -> int:
+        """Bytes that the operator takes inside, beside what it is given and what it returns."""
+        weight, states = self.head.weight, samples * self.rows
+        # Logits of one chunk and a few copies of its hidden states; for sums in another dtype also the weight in it,
+        # and its gradient.
+        entries = self._chunk(states) * (self.head.out_features + 4 * self.head.in_features)
+        return _sum_bytes(weight) * (entries + (2 * weight.numel() if _sum_bytes(weight) != weight.itemsize else 0))
 
-        Args:
-            hidden_rows: of the hidden states.
-        """
-        weight = self.head.weight
-        made: Any = nn.LinearCrossEntropyOptions()._adjust(
-            num_batches=hidden_rows,
-            in_features=self.head.in_features,
-            num_classes=self.head.out_features,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        chunk = made.batch_chunk_size or hidden_rows
-        # Logits of one chunk, and a few copies of its hidden states.
-        return int(chunk * (self.head.out_features + 4 * self.head.in_features) * (made.acc_dtype or weight.dtype).itemsize)
+    def _chunk(self, states: int) -> int:
+        """Rows in a chunk: its logits take half of what all hidden states take, or what makes products efficient."""
+        room = max(_CHUNK, states * self.head.in_features * self.head.weight.itemsize // 2)
+        return max(1, min(states, room // (self.head.out_features * _sum_bytes(self.head.weight))))
+
+
+def _sum_bytes(weight: Tensor) -> int:
+    """Bytes of a number in the operator's sums: half precision is summed in float32."""
+    return max(4, weight.itemsize)
 
 
 def _of_function(model: nn.Module, loss_fn: Any) -> tuple[nn.Linear, dict[str, Any]]:
-    options = torch_loss_options(loss_fn)
-    if options is None or options.get("name") not in ("CrossEntropyLoss", "cross_entropy"):
-        raise _NotApplicableError("the loss is not nn.CrossEntropyLoss or F.cross_entropy")
-    options = {name: value for name, value in options.items() if name not in ("name", "cross_entropy")}
-    if isinstance(loss_fn, nn.CrossEntropyLoss):
-        options["label_smoothing"] = loss_fn.label_smoothing
-    if options.get("label_smoothing"):
-        raise _NotApplicableError("it knows no label smoothing")
+    options = _options(loss_fn)
+    if options.pop("label_smoothing", 0.0):
+        raise _not("torch's operator knows no label smoothing")
+    if options.get("reduction", "mean") not in ("mean", "sum"):
+        raise _not("the loss is not reduced to a scalar")
     head = None
     for module in model.modules():
-        if not any(True for _ in module.children()) and next(module.parameters(recurse=False), None) is not None:
+        if next(module.parameters(recurse=False), None) is not None:
             head = module
     return _usable(head), options
+
+
+def _options(loss_fn: Any) -> dict[str, Any]:
+    if type(loss_fn) is nn.CrossEntropyLoss:
+        return {name: getattr(loss_fn, name) for name in ("weight", "reduction", "ignore_index", "label_smoothing")}
+    keywords: dict[str, Any] = {}
+    while isinstance(loss_fn, partial) and not loss_fn.args:
+        keywords, loss_fn = {**loss_fn.keywords, **keywords}, loss_fn.func
+    if loss_fn is not F.cross_entropy or not {"size_average", "reduce"}.isdisjoint(keywords):
+        raise _not("the loss is not nn.CrossEntropyLoss or F.cross_entropy")
+    return keywords
 
 
 def _of_model(model: Any) -> tuple[nn.Linear, dict[str, Any]]:
@@ -203,26 +216,30 @@ def _of_model(model: Any) -> tuple[nn.Linear, dict[str, Any]]:
     try:
         from transformers.loss.loss_utils import ForCausalLMLoss
     except ImportError:
-        raise _NotApplicableError("the model computes its loss by itself") from None
+        raise _not("the model computes its loss by itself") from None
     if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
-        raise _NotApplicableError("the model's loss is not that of Hugging Face's causal language models")
+        raise _not("the model's loss is not that of Hugging Face's causal language models")
     return _usable(head), {}
 
 
 def _usable(head: nn.Module | None) -> nn.Linear:
     if type(head) is not nn.Linear:
-        raise _NotApplicableError(f"the last layer is {'unknown' if head is None else 'a ' + type(head).__name__}")
+        raise _not(f"the last layer is {'unknown' if head is None else 'a ' + type(head).__name__}")
     if head.out_features < LEAST_CLASSES:
-        raise _NotApplicableError(f"{head.out_features} logits per row are too few to be worth it")
+        raise _not(f"{head.out_features} logits per row are too few to be worth it")
     if head._compiled_call_impl is not None or any(getattr(head, hooks) for hooks in _HOOKS):
-        raise _NotApplicableError("the last layer has hooks, or its weights are on storage")
+        raise _not("the last layer has hooks, or its weights are on storage")
     if head.weight.is_meta or not head.weight.is_floating_point():
-        raise _NotApplicableError("the last layer's weights are on storage")
+        raise _not("the last layer's weights are on storage")
     return head
 
 
+def _not(reason: str) -> _NotApplicableError:
+    return _NotApplicableError(f"low_memory: {reason}")
+
+
 def _changed() -> _NotApplicableError:
-    return _NotApplicableError("something happens to the logits between the last layer and the loss")
+    return _not("something happens to the logits between the last layer and the loss")
 
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:

@@ -15,6 +15,7 @@ from narrowboat.errors import LossError
 from narrowboat.train.distributed import Ranks, Together
 from narrowboat.train.lockstep import run_in_lockstep
 from narrowboat.train.loss import LossPlan, MicroBatch, call_loss, is_pair, split_batch
+from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.micro_batch import batch_size
 from narrowboat.train.plan import TrainPlan
 from narrowboat.train.tape.cells import Pool
@@ -67,6 +68,7 @@ class Passes:
         backward: how a loss is sent backwards (a gradient scaler's business).
         check_finite: refuse a loss that is not finite before its backward.
         lockstep: micro-batches meet at each BatchNorm, and there is one backward pass for all.
+        low_memory: computes the loss without logits; None where model and loss are called as they are.
         ranks: the processes that make the step together.
     """
 
@@ -77,6 +79,7 @@ class Passes:
     backward: Backward
     check_finite: bool = True
     lockstep: bool = False
+    low_memory: LowMemoryLoss | None = None
     ranks: Ranks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,7 +184,10 @@ class Passes:
         """The weighted loss of a micro-batch, attached, and its count; ``whole``: it is the batch."""
         # Copies that autocast made of weights belong to one graph each.
         torch.clear_autocast_cache()
-        result = call_loss(self.ranks.model, self.loss_fn, inputs, targets)
+        if self.low_memory is not None:
+            result = self.low_memory(inputs, targets)
+        else:
+            result = call_loss(self.ranks.model, self.loss_fn, inputs, targets)
         if whole and self.loss_plan.rule == "pair" and self.ranks.world == 1 and is_pair(result):
             made: tuple[torch.Tensor, Any] = result[0] / result[1], 0.0  # as the plain step would
         else:

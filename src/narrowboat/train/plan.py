@@ -366,7 +366,7 @@ class Planner:
             predicted_peak=self._total(activations, way),
             predicted_seconds=seconds,
             plain_seconds=plain_seconds,
-            plain_peak=self._total(plain_activations, self._plain_way()),
+            plain_peak=self._plain_peak(plain_activations),
             min_budget=least,
             bottleneck=limiter,
             schedule=schedule.describe(made.chain),
@@ -376,6 +376,12 @@ class Planner:
             foreseen=foreseen,
             unit_names=tuple(unit.name for unit in made.chain.units),
         )
+
+    def _plain_peak(self, activations: int) -> int:
+        way = self._plain_way()
+        static = way.tier.static
+        afterwards = static.temporaries + (static.gradients if _growing(way) else 0)
+        return self._total(max(activations, afterwards), way)
 
     def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
         """What the tape does, and its count by storages; None for the plain step."""

@@ -21,6 +21,7 @@ from narrowboat.train.fuse import Fusion
 from narrowboat.train.lockstep import run_as_one_of_many
 from narrowboat.train.loss import LossPlan, call_loss
 from narrowboat.train.loss_trace import plan_loss
+from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.measure.study import study, timing_sizes
 from narrowboat.train.micro_batch import batch_size
@@ -115,6 +116,7 @@ class Preparation:
     def _measure(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
         loss_plan = plan_loss(self.inner, self.loss_fn, inputs, targets, count=self.count)
         coupled = modules_with_batch_statistics(self.inner)
+        low_memory, reason = self._low_memory(coupled, inputs, targets)
         passes = Passes(
             self.model,
             self.loss_fn,
@@ -123,8 +125,9 @@ class Preparation:
             self.backward,
             check_finite=not self.scaled,
             lockstep=self.batch_norm == "lockstep" and bool(coupled),
+            low_memory=low_memory,
         )
-        inner = Passes(self.inner, self.loss_fn, loss_plan, None, torch.Tensor.backward)
+        inner = Passes(self.inner, self.loss_fn, loss_plan, None, torch.Tensor.backward, low_memory=low_memory)
 
         def forward(some_inputs: Any, some_targets: Any) -> torch.Tensor:
             return inner.loss(some_inputs, some_targets)[0]
@@ -166,11 +169,22 @@ class Preparation:
             accumulate=self.switches.accumulate,
             parts=self.micro_batches,
             joint=study(self.inner, together, inputs, targets).timed_as(made) if passes.lockstep else None,
-            notes=self.fusion.reasons if self.fusion is not None else (),
+            slack=low_memory.inside(batch_size(inputs, targets)) if low_memory is not None else 0,
+            notes=(*(self.fusion.reasons if self.fusion is not None else ()), *([reason] if reason else [])),
         )
         planner = Planner(made, premises)
         keep_what_differs(planner, self.inner, forward, inputs, targets)
         self._planners[key], self._passes[key] = planner, passes
+
+    def _low_memory(self, coupled: list[str], inputs: Any, targets: Any) -> tuple[LowMemoryLoss | None, str]:
+        """What computes the loss without its logits, or None and why not ("" where nobody asked for it)."""
+        if not self.switches.low_memory:
+            return None, ""
+        if self.model is not self.inner:
+            return None, "low_memory: not under DistributedDataParallel"
+        if self.batch_norm == "lockstep" and coupled:
+            return None, "low_memory: not where micro-batches meet at each BatchNorm"
+        return LowMemoryLoss.of(self.inner, self.loss_fn, inputs, targets)
 
     def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any) -> str:
         if batch_size(inputs, targets) < 2:

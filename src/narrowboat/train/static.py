@@ -62,7 +62,7 @@ def static_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, inpu
 
 
 def _temporaries(optimizer: torch.optim.Optimizer, largest: int) -> int:
-    """torch's loops take up to two tensors of a parameter's size, at once for all under ``foreach``; fused ones none."""
+    """Up to two tensors of a parameter's size at a time; of all of them under ``foreach``; none where fused."""
     most = 0
     for group in optimizer.param_groups:
         if group.get("fused"):

@@ -404,7 +404,7 @@ class TrainStep:
             trim()
             held = resident_bytes(self._inner, self.optimizer)
             if self._weights is not None:
-                held += self._weights.window.held_bytes
+                held += self._weights.resident_bytes
             self._baseline = max(0, process_memory().rss - held)
         return self._baseline
 
@@ -435,7 +435,8 @@ def train_step(
         batch_norm: "auto" and "never": a batch with BatchNorm in train mode is not split; "lockstep": split, and
             exact; "ghost": each micro-batch has its own statistics, as in plain accumulation (not exact); "frozen":
             BatchNorm in eval mode.
-        techniques: which of ``Switches.NAMES`` may be used; None for all but "fuse".
+        techniques: which of ``Switches.NAMES`` may be used; None for all but "fuse" and "low_memory", which round
+            otherwise.
         micro_batches: their number, where it must not be chosen.
         clip_grad_norm: largest 2-norm of all gradients.
         scaler: a ``torch.amp.GradScaler``.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowboat.errors import NarrowboatError, TrainingError
 from narrowboat.machine.data_limit import is_out_of_memory
 from narrowboat.train.measure.fake import fake_walk
 from narrowboat.train.measure.fit import alike, at_batch, with_times
@@ -129,7 +130,16 @@ def study(model: nn.Module, forward: Forward, inputs: Any, targets: Any) -> Stud
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         log.info("no pass on fake tensors (%s); measuring on real samples", reason)
     sizes = (2, 4) if batch >= 4 else (batch, batch)
-    small = real_walk(model, forward, inputs, targets, sizes[0])
+    try:
+        small = real_walk(model, forward, inputs, targets, sizes[0])
+    except NarrowboatError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"a training pass of this model cannot be measured ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error) else 'no reason given'}): losses that differentiate "
+            "inside (gradient penalties, torch.func) cannot be planned; run such a step in plain PyTorch"
+        ) from error
     large = real_walk(model, forward, inputs, targets, sizes[1]) if sizes[1] != sizes[0] else small
     made = Study(
         max(batch, 1),

@@ -330,7 +330,9 @@ def test_a_training_plan_has_its_classes_of_bytes_and_a_curve(narrowboat: Any, t
     plan = finished.json()
     assert plan["batch"] == 128
     weights = sum(p.numel() * 4 for p in _net().parameters())
-    assert plan["bytes"]["weights"] == plan["bytes"]["gradients"] == weights
+    assert plan["bytes"]["weights"] == weights
+    # At the worst moment, early in the backward pass, not all gradients are there.
+    assert 0 <= plan["bytes"]["gradients"] <= weights
     assert plan["bytes"]["optimizer"] >= 2 * weights
     assert plan["micro_batches"] == 1
     assert "takes its statistics from the whole batch" in plan["refused"][0]

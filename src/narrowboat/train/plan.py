@@ -352,7 +352,8 @@ class Planner:
         step, foreseen = self._compiled(way, schedule)
         gradients = way.tier.static.gradients
         if _growing(way):
-            gradients = min(gradients, foreseen.gradients) if foreseen is not None else 0
+            counted = foreseen if foreseen is not None else self._counted(way, schedule)
+            gradients = min(gradients, counted.gradients)
         activations = self._count(way, schedule, foreseen)
         plain_seconds, plain_activations = self.plain()
         least, limiter = self.minimum()
@@ -382,6 +383,10 @@ class Planner:
         static = way.tier.static
         afterwards = static.temporaries + (static.gradients if _growing(way) else 0)
         return self._total(max(activations, afterwards), way)
+
+    def _counted(self, way: _Way, schedule: Schedule) -> Foreseen:
+        made = self._chain_of(way)
+        return foresee(made.tape, compile_plan(made.tape, made.cuts, made.options, schedule.items))
 
     def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
         """What the tape does, and its count by storages; None for the plain step."""

@@ -100,6 +100,8 @@ class TrainStep:
         self._fusion = Fusion(self._inner) if switches.fuse else None
         self._budget = BudgetInForce(budget, adapt=adapt)
         self._baseline: int | None = None
+        if spill is not None and not isinstance(spill, (str, Path)):
+            raise UsageError(f"spill={spill!r}: give the path of a folder")
         self._folder = Path(spill) if spill is not None else None
         self._pool: SpillPool | None = None
         rates = Rates()

@@ -12,6 +12,7 @@ import os, random, select, shutil, signal, sys, time
 import torch
 from narrowboat.train.state import StoredOptimizer
 
+torch.set_num_threads(1)  # a forked child has none of the parent's OpenMP threads, and would wait for them for ever
 folder = sys.argv[1]
 random.seed(7)
 

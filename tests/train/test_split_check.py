@@ -153,3 +153,16 @@ def test_a_tiny_gpt2_with_ignored_labels_equals_its_parts() -> None:
     loss = sum(model(**part.inputs).loss * part.weight for part in parts)
     for got, whole in zip(torch.autograd.grad(loss, parameters), want, strict=True):
         torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-8)  # the loss itself is computed in float32
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_mean_over_a_mask_is_found_also_where_a_part_has_nothing_that_counts(seed: int) -> None:
+    def masked(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        counts = target > 4
+        return (torch.nn.functional.cross_entropy(output, target, reduction="none") * counts).sum() / counts.sum()
+
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(8, 10)
+    inputs, targets = torch.randn(64, 8), torch.randint(0, 10, (64,))
+    plan = LossPlan("samples", "a guess")
+    assert not check_splits(model, masked, inputs, targets, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -151,10 +152,13 @@ class _Trial:
             self._put_back(buffers)
             parts = self._gradients(sizes)
             error = _error(whole, parts)
+            # A part without a single sample that counts is NaN, and NaN is larger than nothing.
+            error = error if math.isfinite(error) else math.inf
             if error > worst:
                 worst, failed = error, (parts, sizes)
             held = self._gradients(sizes, held=buffers) if moving else parts
-            held_error = max(held_error, _error(whole, held))
+            now = _error(whole, held)
+            held_error = max(held_error, now if math.isfinite(now) else math.inf)
         if worst <= bound:
             return SplitVerdict(
                 "additive", f"{self.plan.why}; parts sum to the whole within {worst:.0e}", worst, moving
@@ -202,6 +206,8 @@ class _Trial:
     def _why_coupled(self, whole: Tensor, parts: list[Tensor], sizes: Sequence[int], bound: float) -> str:
         """Either the weights are wrong, which a count can mend, or no weights would do."""
         matrix = torch.stack(parts, dim=1)
+        if not torch.isfinite(matrix).all():
+            return "a part of a few samples has no finite loss of its own: say with count= what the loss averages over"
         factors = torch.linalg.lstsq(matrix, whole.unsqueeze(1)).solution.squeeze(1)
         if _error(whole, list((matrix * factors).unbind(1))) <= bound:
             told = ", ".join(f"{factor:.3g}" for factor in factors.tolist())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -85,6 +86,8 @@ class TrainStep:
     ) -> None:
         if batch_norm not in BATCH_NORM:
             raise UsageError(f"batch_norm={batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
+        if clip_grad_norm is not None and not 0 < clip_grad_norm < math.inf:
+            raise UsageError(f"clip_grad_norm={clip_grad_norm!r}: give a positive number")
         if in_backward and scaler is not None:
             raise UsageError(
                 "in_backward=True steps before a GradScaler has seen all gradients; leave one of them out"

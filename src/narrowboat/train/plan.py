@@ -98,7 +98,6 @@ class TrainPlan:
     spilled: int
     step: StepPlan | None
     foreseen: Foreseen | None
-    unit_names: tuple[str, ...] = ()
 
     def for_samples(self, samples: int) -> TrainPlan:
         """The same plan for a batch of fewer samples (the ragged last one): fewer or smaller micro-batches."""
@@ -335,12 +334,9 @@ class Planner:
         if premises.parts not in (None, 1) or premises.tiers[0].window:
             return None
         way = self._plain_way()
-        chain = self._chain_of(way).chain
-        items = tuple(Kept(unit) for unit in range(len(chain.units)))
-        seconds, peak = evaluate(chain, items)
-        plan = self._finished(
-            budget, seconds, _Way(1, self._study.batch, False, premises.tiers[0]), Schedule(seconds, peak, items)
-        )
+        seconds, peak = self.plain()
+        items = tuple(Kept(unit) for unit in range(len(self._chain_of(way).chain.units)))
+        plan = self._finished(budget, seconds, way, Schedule(seconds, peak, items))
         return plan if plan.predicted_peak <= budget else None
 
     def _taping(self, way: _Way, schedule: Schedule) -> float:
@@ -352,7 +348,7 @@ class Planner:
         step, foreseen = self._compiled(way, schedule)
         gradients = way.tier.static.gradients
         if _growing(way):
-            counted = foreseen if foreseen is not None else self._counted(way, schedule)
+            counted = foreseen if foreseen is not None else self._counted(way, schedule)[1]
             gradients = min(gradients, counted.gradients)
         activations = self._count(way, schedule, foreseen)
         plain_seconds, plain_activations = self.plain()
@@ -375,26 +371,23 @@ class Planner:
             spilled=(foreseen.spilled if foreseen is not None else 0) * way.parts + way.tier.written,
             step=step,
             foreseen=foreseen,
-            unit_names=tuple(unit.name for unit in made.chain.units),
         )
 
     def _plain_peak(self, activations: int) -> int:
         way = self._plain_way()
-        static = way.tier.static
-        afterwards = static.temporaries + (static.gradients if _growing(way) else 0)
-        return self._total(max(activations, afterwards), way)
+        return self._total(max(activations, _afterwards(way)), way)
 
-    def _counted(self, way: _Way, schedule: Schedule) -> Foreseen:
-        made = self._chain_of(way)
-        return foresee(made.tape, compile_plan(made.tape, made.cuts, made.options, schedule.items))
-
-    def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
-        """What the tape does, and its count by storages; None for the plain step."""
-        if way.parts == 1 and all(isinstance(item, Kept) and item.option == 0 for item in schedule.items):
-            return None, None
+    def _counted(self, way: _Way, schedule: Schedule) -> tuple[StepPlan, Foreseen]:
+        """The schedule for the tape, and its count by storages."""
         made = self._chain_of(way)
         step = compile_plan(made.tape, made.cuts, made.options, schedule.items)
         return step, foresee(made.tape, step)
+
+    def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
+        """What the tape does, and its count by storages; None for the plain step."""
+        if way.parts == 1 and _is_plain(schedule):
+            return None, None
+        return self._counted(way, schedule)
 
     def _count(self, way: _Way, schedule: Schedule, foreseen: Foreseen | None) -> int:
         """Bytes of activations at the worst moment, and of what takes their place when they are gone."""
@@ -403,9 +396,7 @@ class Planner:
             # All wait at a meeting, or one is in its backward while the others' savings wait for theirs.
             waiting = (way.parts - 1) * foreseen.forward_peak
             activations = waiting + max(foreseen.forward_peak, foreseen.backward_peak)
-        # The optimizer's own temporaries come when the activations are gone and the gradients are all there.
-        static = way.tier.static
-        return max(activations, static.temporaries + (static.gradients if _growing(way) else 0))
+        return max(activations, _afterwards(way))
 
     def _refused(self) -> list[str]:
         premises, reasons = self.premises, []
@@ -443,6 +434,12 @@ class Planner:
         chain = self._chain_of(way).chain
         most = evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])[1]
         return [(self._total(size, way), parts * seconds) for size, seconds in frontier(self._solve(way, most))]
+
+
+def _afterwards(way: _Way) -> int:
+    """What the optimizer's own temporaries take, when the activations are gone and the gradients are all there."""
+    static = way.tier.static
+    return static.temporaries + (static.gradients if _growing(way) else 0)
 
 
 def _is_plain(schedule: Schedule) -> bool:

@@ -46,8 +46,3 @@ class Snapshot:
         self._random.restore()
         for parameter in self._parameters:
             parameter.grad = None
-
-
-def snapshot_bytes(model: nn.Module) -> int:
-    """What a snapshot takes."""
-    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers() if type(buffer) is torch.Tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -65,7 +65,6 @@ class TrainingChain:
     cuts: tuple[int, ...]
     chain: Chain
     options: tuple[tuple[UnitOption, ...], ...]
-    fixed: frozenset[int] = field(default_factory=frozenset)
 
 
 def build_chain(

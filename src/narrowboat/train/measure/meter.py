@@ -60,7 +60,6 @@ class Meter(TorchDispatchMode):
         self._storages: list[TapeStorage] = []
         self._outside_changed: set[int] = set()
         self._sizes: dict[int, int] = {}  # of storages made in the backward pass that are alive
-        self._live = 0
         self._changes: list[tuple[str, int, int, int, float]] = []
         self._began = 0.0
         self._gradients: set[int] = set()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrowboat.errors import QuantityError, UsageError
-from narrowboat.quantities import format_bytes, format_seconds, parse_bytes, parse_seconds
+from narrowboat.quantities import format_apart, format_bytes, format_seconds, parse_bytes, parse_seconds
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -96,6 +96,18 @@ def test_formatted_sizes_read_back_within_half_a_percent(nbytes: int) -> None:
 )
 def test_sizes_are_printed_with_three_digits(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (2 << 20, 1 << 20, ("2.00 MiB", "1.00 MiB")),
+        (1 << 20, 1 << 20, ("1.00 MiB", "1.00 MiB")),
+        (1_761_608, 1_761_607, ("1.68 MiB (1,761,608 bytes)", "1.68 MiB (1,761,607 bytes)")),
+    ],
+)
+def test_two_sizes_that_differ_never_look_the_same(first: int, second: int, told: tuple[str, str]) -> None:
+    assert format_apart(first, second) == told
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,14 @@ def format_bytes(count: float) -> str:
     return f"{sign}{size:.{digits}f} {unit}"
 
 
+def format_apart(first: float, second: float) -> tuple[str, str]:
+    """Two sizes as :func:`format_bytes` writes them, with the bytes where they would look the same and are not."""
+    told = format_bytes(first), format_bytes(second)
+    if first == second or told[0] != told[1]:
+        return told
+    return f"{told[0]} ({first:,} bytes)", f"{told[1]} ({second:,} bytes)"
+
+
 def parse_seconds(value: int | float | str, *, what: str = "duration") -> float:
     """Return ``value`` in seconds; a bare number is seconds, a string may carry ns, us, ms, s, min or h.
 

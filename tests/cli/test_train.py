@@ -61,6 +61,25 @@ def small_vocabulary():
 
 def nothing():
     return 5
+
+def normed():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+normed.example_inputs = net.example_inputs
+
+class Picky(nn.Module):
+    def forward(self, x):
+        if len(x) == 97:
+            raise ValueError("not 97")
+        return x
+
+def picky():
+    return nn.Sequential(nn.Flatten(), Picky(), nn.Linear(64, 10))
+
+picky.example_inputs = net.example_inputs
+
+def failing():
+    raise ValueError("not today")
 """
 BUDGET = ("--budget", "500MiB")
 
@@ -295,6 +314,9 @@ def test_an_image_that_cannot_be_read_ends_it_with_its_name_and_what_was_trained
         (("trained_models:bytes_", "--data", "short.txt"), 2, "fewer than one block"),
         (("trained_models:nothing", "--data", "digits"), 1, "not an nn.Module"),
         (("trained_models:none", "--data", "digits"), 2, "has no 'none'"),
+        (("trained_models:failing", "--data", "digits"), 1, "factory trained_models:failing failed: ValueError: not"),
+        (("json:loads", "--data", "digits"), 2, "json:loads is no model factory"),
+        (("trained_models:normed", "--data", "digits", "--batch", "1"), 1, "give a larger batch"),
         (("trained_models:net",), 2, "--data"),
     ],
 )
@@ -348,6 +370,25 @@ def test_a_training_plan_has_its_classes_of_bytes_and_a_curve(narrowboat: Any, t
         assert words in told.out
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "code", "said"),
+    [("json:loads", 8, 2, "is no model factory"), ("trained_models:normed", 1, 1, "give a larger batch")],
+)
+def test_what_cannot_be_planned_is_one_line_too(narrowboat: Any, model: str, batch: int, code: int, said: str) -> None:
+    finished = narrowboat("plan", "--train", model, "--batch", batch, *BUDGET)
+    assert (finished.code, said in finished.err, finished.err.count("\n")) == (code, True, 1), finished.err
+
+
+def test_a_batch_that_the_model_cannot_take_ends_it_with_what_was_trained(narrowboat: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    finished = narrowboat(  # of 1797 samples the second batch has 97
+        *("train", "trained_models:picky", "--data", "digits", *BUDGET, "--batch", 1700, "--val", 0, "--out", out)
+    )
+    assert finished.code == 1
+    assert "the model (or loss) fails on this batch: ValueError: not 97" in finished.err
+    assert "saved as it was after step 1" in finished.err
+
+
 def _net() -> Any:
     import importlib
 
@@ -375,7 +416,7 @@ def test_help_names_what_there_is(narrowboat: Any) -> None:
 def test_the_command_knows_the_choices_of_the_step() -> None:
     from narrowboat.cli.options import BatchNorm, Optimizer, TechniquesOption
     from narrowboat.report.trainee import OPTIMIZERS
-    from narrowboat.train.step import BATCH_NORM
+    from narrowboat.train.options import BATCH_NORM
     from narrowboat.train.switches import Switches
 
     assert {each.value for each in BatchNorm} == set(BATCH_NORM)

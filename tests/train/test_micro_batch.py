@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrowboat.errors import TrainingError
-from narrowboat.train.micro_batch import batch_size, cut, part_sizes, tensors_in
+from narrowboat.train.micro_batch import batch_size, cut, part_sizes, samples_in, tensors_in
 
 
 class Pair(NamedTuple):
@@ -62,3 +62,9 @@ def test_the_first_target_tells_the_batch_size_and_a_disagreement_is_an_error() 
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2, 1), torch.zeros(1, 1)])
     with pytest.raises(TrainingError, match="PackedSequence"):
         cut(packed, torch.zeros(2), [1, 1])
+
+
+def test_an_empty_batch_is_refused_where_it_is_to_be_trained_on() -> None:
+    assert samples_in(torch.zeros(2, 3)) == 2
+    with pytest.raises(TrainingError, match="empty"):
+        samples_in(torch.zeros(0, 3), torch.zeros(0))

@@ -97,7 +97,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_told_before_anything_is_lost(small_disk: Path) -> None:
     with SpillPool(small_disk, in_flight=64 * MIB) as pool:
         half = pool.write(made(MIB // 2))
-        with pytest.raises(SpillError, match="No space left on device; free some space"):
+        free = r"No space left on device; free some space, or give another folder \(512 KiB are free there\)"
+        with pytest.raises(SpillError, match=free):
             pool.write(made(MIB))
         other = pool.write(made(MIB // 4, 1))
         pool.flush()
@@ -108,6 +109,14 @@ def test_a_full_disk_is_told_before_anything_is_lost(small_disk: Path) -> None:
     with pytest.raises(SpillError, match="No space left"):
         SpillPool(small_disk, in_flight=MIB, capacity_hint=2 * MIB)
     assert os.statvfs(small_disk).f_bfree == os.statvfs(small_disk).f_blocks, "nothing is left"
+
+
+def test_bandwidth_is_measured_with_what_room_there_is(small_disk: Path) -> None:
+    writing, reading = measure_bandwidth(small_disk)
+    assert writing > 0 and reading > 0
+    (small_disk / "other").write_bytes(bytes(MIB // 2))
+    with pytest.raises(SpillError, match=rf"{small_disk} failed: No space left.*512 KiB are free"):
+        measure_bandwidth(small_disk)
 
 
 def test_a_limit_on_files_is_told(pool: SpillPool) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from narrowboat.machine.cgroup_tree import ROOT, read_text
 from narrowboat.machine.heap_holes import HeapHoles
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_GLIBC_MOST_MAPPED = 65_536
+_INT_MAX = (1 << 31) - 1
 _KIB, _MIB = 1 << 10, 1 << 20
 _REPLACEMENTS = ("jemalloc", "tcmalloc", "mimalloc")
 
@@ -116,7 +118,7 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
     _holes.open()
     with _setting:
         _in_force = wanted
-        accepted = _apply(_SETTINGS[wanted])
+        accepted = _apply((*_SETTINGS[wanted], (_M_MMAP_MAX, _GLIBC_MOST_MAPPED)))
     _fill_from = None if wanted in KEEPING else dict(_SETTINGS[wanted])[_M_MMAP_THRESHOLD]
     trim()
     return accepted
@@ -125,6 +127,12 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
 def _apply(settings: tuple[tuple[int, int], ...]) -> bool:
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(option, value) == 1 for option, value in settings)
+
+
+def never_map() -> bool:
+    """Everything comes from the heap, and its end stays, until the next policy is set; False where that is refused."""
+    with _setting:
+        return _apply(((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _INT_MAX)))
 
 
 def give_back_own_heap() -> None:

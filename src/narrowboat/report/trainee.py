@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from narrowboat.checkpoint import open_index
-from narrowboat.errors import ModelError, UsageError
+from narrowboat.errors import ModelError, NarrowboatError, UsageError
 from narrowboat.report.plain import load_weights
 from narrowboat.train.recipes.goal import Goal
 from narrowboat.train.step import TrainStep
@@ -61,6 +62,7 @@ def make_model(resolved: ResolvedModel, weights: Path | None, seed: int) -> nn.M
         seed: of torch's random stream, which goes on from here.
 
     Raises:
+        UsageError: its factory cannot be called without arguments.
         ModelError: it is no module, or its factory fails.
         WeightsError: the weights cannot be read, or are another model's.
     """
@@ -71,7 +73,7 @@ def make_model(resolved: ResolvedModel, weights: Path | None, seed: int) -> nn.M
     elif isinstance(factory, nn.Module):
         model = copy.deepcopy(factory)
     else:
-        model = factory()
+        model = _made(resolved.spec, factory)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{resolved.spec} made a {type(model).__name__}, not an nn.Module")
     if weights is not None:
@@ -80,6 +82,22 @@ def make_model(resolved: ResolvedModel, weights: Path | None, seed: int) -> nn.M
     if getattr(config, "use_cache", False):
         config.use_cache = False  # keys and values of a training pass are never used again
     return model.train()
+
+
+def _made(spec: str, factory: Callable[..., Any]) -> Any:
+    try:
+        inspect.signature(factory).bind()
+    except ValueError:
+        pass  # it does not tell what it takes
+    except TypeError as error:
+        raise UsageError(f"{spec} is no model factory ({error}): give a function that needs no arguments") from error
+    try:
+        return factory()
+    except NarrowboatError:
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:300]
+        raise ModelError(f"the model factory {spec} failed: {type(error).__name__}: {told}") from error
 
 
 def _from_folder(folder: FolderModel) -> nn.Module:

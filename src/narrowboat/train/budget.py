@@ -6,6 +6,7 @@ of a second). It goes down at once and up slowly (``stream.auto.Hysteresis``), n
 
 from __future__ import annotations
 
+import math
 import time
 
 from narrowboat.errors import UsageError
@@ -39,6 +40,10 @@ class BudgetInForce:
         """A new number, from the next step on."""
         if isinstance(value, str) and value == "auto":
             self.given, _ = initial_budget(_UNBOUNDED)
+        elif isinstance(value, float) and math.isfinite(value) and value % 1:
+            raise UsageError(
+                f"budget={value!r} is no whole number of bytes: give an int, or a string such as '1.5GiB'"
+            )
         else:
             self.given = parse_bytes(value)
         if self.given <= 0:

@@ -71,7 +71,7 @@ class LossPlan:
             weight: the micro-batch's, from :meth:`weights`.
 
         Raises:
-            LossError: the result is not a scalar (or, under ``"pair"``, no sum with a count).
+            LossError: the result is not a real scalar (or, under ``"pair"``, no sum with a count).
         """
         count: Tensor | float = 0.0
         if self.rule == "pair":
@@ -81,6 +81,8 @@ class LossPlan:
         if not isinstance(result, Tensor) or result.numel() != 1:
             told = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
             raise LossError(f"the loss has to be a scalar tensor (or a pair of sum and count), but it is {told}")
+        if result.is_complex():
+            raise LossError(f"the loss is complex ({result.dtype}): give a real number, such as its abs()")
         loss = result.reshape(())
         if weight == 0.0:
             # The mean over nothing is NaN; what it adds is nothing.

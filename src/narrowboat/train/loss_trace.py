@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from narrowboat.train.failures import failures_named
 from narrowboat.train.loss import Count, LossPlan, TargetCount, call_loss, is_pair, plan_of_function
 from narrowboat.train.micro_batch import batch_size, copied, has_rows, mapped, rows, tensors_in
 from narrowboat.train.undisturbed import undisturbed
@@ -44,6 +45,7 @@ def plan_loss(
 
     Raises:
         LossError: the loss is no scalar.
+        TrainingError: model or loss fail on these samples.
     """
     if count is not None:
         return LossPlan("count", "the count is given", count)
@@ -53,9 +55,14 @@ def plan_loss(
     samples = batch_size(inputs, targets)
     few_inputs, few_targets = (copied(rows(tree, samples, 0, min(samples, 4))) for tree in (inputs, targets))
     with undisturbed(model), torch.no_grad():
-        result, seen = _watched(call, model, loss_fn, few_inputs, few_targets)
+        few = min(samples, 4)
+        # The first pass of model and loss together: what goes wrong may be theirs.
+        with failures_named(f"tried on {few} of its {samples} samples" if few < samples else ""):
+            result, seen = _watched(call, model, loss_fn, few_inputs, few_targets)
         if is_pair(result):
-            return LossPlan("pair", "the loss function returns a sum and its count")
+            plan = LossPlan("pair", "the loss function returns a sum and its count")
+            plan.weighted(result, 1.0)
+            return plan
         LossPlan("samples", "").weighted(result, 1.0)  # refuses what is no scalar
         if len(seen) != 1:
             return LossPlan("samples", "taken for a mean over samples")
@@ -101,8 +108,16 @@ class _Watch(TorchFunctionMode):
 
 
 def _watched(call: Call, model: nn.Module, loss_fn: Any, inputs: Any, targets: Any) -> tuple[Any, list[_Seen]]:
-    with _Watch() as watch:
-        result = call(model, loss_fn, inputs, targets)
+    given = copied((inputs, targets))
+    for differentiates in (False, True):  # inside, as a gradient penalty does
+        try:
+            with _Watch() as watch, torch.set_grad_enabled(differentiates):
+                result = call(model, loss_fn, *given)
+            break
+        except RuntimeError as error:
+            if differentiates or "does not require grad" not in str(error):
+                raise
+            given = inputs, targets
     return result, watch.seen
 
 

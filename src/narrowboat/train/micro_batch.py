@@ -56,6 +56,18 @@ def batch_size(inputs: Any, targets: Any = None) -> int:
     return (wanted or given)[0]
 
 
+def samples_in(inputs: Any, targets: Any = None) -> int:
+    """Samples in a batch that is to be trained on: at least one.
+
+    Raises:
+        TrainingError: it is empty, or as :func:`batch_size`.
+    """
+    samples = batch_size(inputs, targets)
+    if samples == 0:
+        raise TrainingError("the batch is empty (dimension 0 has size 0): leave such batches out")
+    return samples
+
+
 def part_sizes(samples: int, parts: int) -> list[int]:
     """``samples`` in at most ``parts`` pieces that differ by one at most, larger ones first; none is empty."""
     parts = max(1, min(parts, samples))

@@ -19,6 +19,7 @@ from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.micro_batch import batch_size
 from narrowboat.train.plan import TrainPlan
 from narrowboat.train.tape.cells import Pool
+from narrowboat.train.tape.frames import Takes
 from narrowboat.train.tape.run import TapeRun, without_autocast
 
 Backward = Callable[[torch.Tensor], None]
@@ -33,18 +34,15 @@ class Outcome:
         loss: of the whole batch, detached.
         replays: stretches computed again.
         departed: where a pass left the plan; "" if none did.
-        wrong: storages whose replay gave other bits (only where that was checked).
     """
 
     loss: torch.Tensor
     replays: int = 0
     departed: str = ""
-    wrong: set[int] = field(default_factory=set)
 
     def take(self, run: TapeRun) -> None:
         """Add what a finished tape tells, and close it."""
         self.replays += run.replays
-        self.wrong |= run.wrong
         if run.departed is not None:
             at, name, expected = run.departed
             self.departed = f"operator {at} ({name} instead of {expected})"
@@ -86,13 +84,19 @@ class Passes:
         self.ranks = Ranks(self.model)
 
     def run(
-        self, plan: TrainPlan, inputs: Any, targets: Any, begin: Begin = lambda last: None, *, check: bool = False
+        self,
+        plan: TrainPlan,
+        inputs: Any,
+        targets: Any,
+        begin: Begin = lambda last: None,
+        *,
+        before: Callable[[Takes], None] | None = None,
     ) -> Outcome:
         """Leave the gradients of the batch in ``.grad`` (or where hooks put them).
 
         Args:
             begin: called before each backward pass, with whether it is the last.
-            check: compare everything that is computed again with the original, bit by bit.
+            before: told what is about to be taken, before each operator.
 
         Raises:
             LossError: the loss is not a scalar, has no graph, or is not finite.
@@ -105,7 +109,7 @@ class Passes:
                 piece._replace(weight=piece.weight * factor)
                 for piece in split_batch(inputs, targets, plan.parts, self.loss_plan)
             ]
-            runs = [TapeRun(plan.step, self.pool, check=check) if plan.step is not None else None for _ in pieces]
+            runs = [TapeRun(plan.step, self.pool, before=before) if plan.step is not None else None for _ in pieces]
             way = self._in_lockstep if self.lockstep and len(pieces) > 1 else self._in_turn
             try:
                 losses, counts = way(pieces, runs, begin, together)

@@ -13,7 +13,7 @@ from typing import Any
 
 from narrowboat.errors import BudgetError
 from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, frontier, solve
-from narrowboat.quantities import format_bytes
+from narrowboat.quantities import format_apart, format_bytes
 from narrowboat.train.measure.chain import Rates, Techniques, TrainingChain, build_chain
 from narrowboat.train.measure.simulate import Foreseen, foresee
 from narrowboat.train.measure.study import Study
@@ -23,6 +23,7 @@ from narrowboat.train.tiers import Tier
 
 MARGIN_SHARE = 0.04  # of activations: what the operators' kernels take inside
 MARGIN_LEAST = 1 << 20
+_KEPT_BY_HEAP = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class TrainPlan:
         schedule: which units are kept, reduced, recomputed, spilled, in words.
         refused: what was not used, and why.
         spilled: bytes written to storage per step.
-        step: for the tape; None where the plain step fits.
+        step: for the tape; None where the plain step fits, with all that the heap keeps of what it frees.
         foreseen: the operator-level count of ``step``.
     """
 
@@ -165,6 +166,7 @@ class Planner:
         self.premises = premises
         self._chains: dict[tuple[int, bool, bool, bool], TrainingChain] = {}
         self._least: tuple[int, str] | None = None
+        self._plain: tuple[float, int] | None = None
 
     @property
     def batch(self) -> int:
@@ -175,7 +177,7 @@ class Planner:
         """Plan anew without replaying these storages."""
         self.premises = replace(self.premises, unsafe=self.premises.unsafe | unsafe)
         self._chains.clear()
-        self._least = None
+        self._least = self._plain = None
 
     def reserve(self, slack: int) -> None:
         """Keep so many more bytes free of tensors."""
@@ -242,8 +244,13 @@ class Planner:
 
     def plain(self) -> tuple[float, int]:
         """Seconds and activation bytes of the plain step."""
-        chain = self._chain_of(self._plain_way()).chain
-        return evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])
+        if self._plain is None:
+            way = self._plain_way()
+            chain = self._chain_of(way).chain
+            items = tuple(Kept(unit) for unit in range(len(chain.units)))
+            seconds, bound = evaluate(chain, items)
+            self._plain = seconds, self._counted(way, Schedule(seconds, bound, items))[1].peak
+        return self._plain
 
     def _plain_way(self) -> _Way:
         return _Way(1, self._study.batch, False, self.premises.tiers[0])
@@ -259,9 +266,12 @@ class Planner:
                 if way.parts in ends and way.tier is self._leanest():
                     table = self._solve(way, 0)
                     schedule = table.best(table.minimum)
-                    together = table.minimum * (way.parts if self._together(way) else 1)
-                    needed = max(together, self._count(way, schedule, self._compiled(way, schedule)[1]))
+                    needed = self._count(way, schedule, self._counted(way, schedule)[1])
                     found.append((self._total(needed, way), table.bottleneck))
+            if self.premises.parts in (None, 1) and not self._leanest().window:
+                # The chain rounds up, and keeping everything may be the least there is in small networks.
+                way = replace(self._plain_way(), tier=self._leanest())
+                found.append((self._total(max(self.plain()[1], _afterwards(way)), way), found[0][1]))
             least, unit = min(found)
             static = self._leanest().static
             name, size = max(static.as_dict().items(), key=lambda item: item[1])
@@ -316,10 +326,11 @@ class Planner:
                 continue
             table = self._solve(way, room)
             room = self._share(way, room)
-            if table.minimum <= room:
-                for schedule in (table.best(room), table.best(table.minimum)):
-                    seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
-                    found.append((seconds, number, way, schedule))
+            # The least one may fit by the count of storages where it does not by units.
+            for size in dict.fromkeys((max(room, table.minimum), table.minimum)):
+                schedule = table.best(size)
+                seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
+                found.append((seconds, number, way, schedule))
         for seconds, _, way, schedule in sorted(found, key=lambda each: each[:2]):
             plan = self._finished(budget, seconds, way, schedule)
             # The chain counts by units; where the count by storages says more (small tensors that are never
@@ -345,7 +356,7 @@ class Planner:
 
     def _finished(self, budget: int, seconds: float, way: _Way, schedule: Schedule) -> TrainPlan:
         made = self._chain_of(way)
-        step, foreseen = self._compiled(way, schedule)
+        step, foreseen = self._compiled(way, schedule, budget)
         gradients = way.tier.static.gradients
         if _growing(way):
             counted = foreseen if foreseen is not None else self._counted(way, schedule)[1]
@@ -383,10 +394,12 @@ class Planner:
         step = compile_plan(made.tape, made.cuts, made.options, schedule.items)
         return step, foresee(made.tape, step)
 
-    def _compiled(self, way: _Way, schedule: Schedule) -> tuple[StepPlan | None, Foreseen | None]:
-        """What the tape does, and its count by storages; None for the plain step."""
+    def _compiled(self, way: _Way, schedule: Schedule, budget: int) -> tuple[StepPlan | None, Foreseen | None]:
+        """What the tape does, and its count by storages; None for the plain step where the heap needs no guard."""
         if way.parts == 1 and _is_plain(schedule):
-            return None, None
+            total = self._total(self._count(way, schedule, None), way)
+            if total * _KEPT_BY_HEAP <= budget:
+                return None, None
         return self._counted(way, schedule)
 
     def _count(self, way: _Way, schedule: Schedule, foreseen: Foreseen | None) -> int:
@@ -421,8 +434,9 @@ class Planner:
         if self.premises.rates.write is None:
             lifts.append("spill=FOLDER puts activations, gradients and optimizer state on storage")
         lifts.append("a smaller batch takes less")
+        needs, allowed = format_apart(least, budget)
         return BudgetError(
-            f"a training step needs {format_bytes(least)}, the budget is {format_bytes(budget)}; "
+            f"a training step needs {needs}, the budget is {allowed}; "
             f"the minimum is set by {limiter}; {'; '.join(lifts)}",
             minimum=least,
             limiter=limiter,

@@ -11,22 +11,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowboat.errors import TrainingError
+from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes
 from narrowboat.train.batch_statistics import (
     frozen_batch_norm,
     modules_that_move_with_each_pass,
     modules_with_batch_statistics,
 )
+from narrowboat.train.containers import Containers
+from narrowboat.train.footprint import Footprint
 from narrowboat.train.fuse import Fusion
 from narrowboat.train.lockstep import run_as_one_of_many
 from narrowboat.train.loss import LossPlan, call_loss
 from narrowboat.train.loss_trace import plan_loss
 from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.measure.chain import Rates
-from narrowboat.train.measure.study import study, timing_sizes
-from narrowboat.train.micro_batch import batch_size
+from narrowboat.train.measure.study import Study, study, timing_sizes
+from narrowboat.train.micro_batch import batch_size, samples_in
+from narrowboat.train.options import check_parts
 from narrowboat.train.passes import Backward, Passes
 from narrowboat.train.plan import Planner, Premises, TrainPlan
+from narrowboat.train.quiet import quiet_on_fake_tensors
 from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool
@@ -37,7 +43,8 @@ from narrowboat.train.tiers import tiers
 from narrowboat.train.weights import TrainingWeights
 
 log = logging.getLogger("narrowboat")
-BATCH_NORM = ("auto", "never", "lockstep", "ghost", "frozen")
+_CHECKED = 4  # samples of the check of splitting
+_COPY = 64 << 20  # bytes of its float64 copy of the model
 
 
 @dataclass(slots=True)
@@ -49,7 +56,7 @@ class Preparation:
         loss_fn: of output and targets, or None.
         optimizer: over ``inner``'s parameters.
         switches: what may be used.
-        batch_norm: one of ``BATCH_NORM``.
+        batch_norm: one of ``options.BATCH_NORM``.
         backward: how a loss is sent backwards.
         rates: of the machine, ``pool``: for activations on storage, and ``in_flight``: what it may hold.
         weights: the model's weights on storage, or None.
@@ -58,6 +65,7 @@ class Preparation:
         scaled: a gradient scaler is used.
         step_in_backward: gradients are stepped as they come and are never all there.
         fusion: compiles blocks; None where that was not asked for.
+        footprint: what the process holds; None where nobody asks.
     """
 
     model: nn.Module
@@ -76,7 +84,9 @@ class Preparation:
     scaled: bool = False
     step_in_backward: bool = False
     fusion: Fusion | None = None
+    footprint: Footprint | None = None
     whole: StaticBytes | None = None
+    _left: int = 0
     _planners: dict[Hashable, Planner] = field(default_factory=dict)
     _passes: dict[Hashable, Passes] = field(default_factory=dict)
     _plans: dict[tuple[Hashable, int], TrainPlan] = field(default_factory=dict)
@@ -87,14 +97,28 @@ class Preparation:
         Raises:
             BudgetError: no plan fits.
             LossError: the loss is not a scalar.
+            TrainingError: the batch is empty, or model or loss fail on it.
+            UsageError: more micro-batches are asked for than it has samples.
         """
-        key, samples = signature(self.inner, inputs, targets), batch_size(inputs, targets)
-        if key not in self._planners or samples > self._planners[key].batch:
-            with self.frozen():
-                self._measure(key, inputs, targets, budget)
-            self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
-        if (key, budget) not in self._plans:
-            self._plans[(key, budget)] = self._planners[key].make(budget)
+        key, samples = signature(self.inner, inputs, targets), samples_in(inputs, targets)
+        measured = key in self._planners and samples <= self._planners[key].batch
+        if not measured or (key, budget) not in self._plans:
+            reached = Containers([self.loss_fn, self.count])  # what the model reaches, each pass puts back itself
+            try:
+                if not measured:
+                    if self.footprint is not None:
+                        self.footprint.before_measuring()
+                    with self.frozen():
+                        self._measure(key, inputs, targets, budget)
+                    if self.footprint is not None:
+                        self._left += self.footprint.left_behind()
+                        # It is there, whether the step is refused or not.
+                        least = self._planners[key].minimum()[0]
+                        self._planners[key].reserve(max(0, min(self._left, budget - least)))
+                    self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
+                self._plans[(key, budget)] = self._planners[key].make(budget)
+            finally:
+                reached.restore()
             log.info("plan for %s:\n%s", format_bytes(budget), self._plans[(key, budget)])
         plan = self._plans[(key, budget)]
         return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
@@ -114,6 +138,7 @@ class Preparation:
         return frozen_batch_norm(self.inner) if self.batch_norm == "frozen" else nullcontext()
 
     def _measure(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
+        check_parts(self.micro_batches, batch_size(inputs, targets))
         loss_plan = plan_loss(self.inner, self.loss_fn, inputs, targets, count=self.count)
         coupled = modules_with_batch_statistics(self.inner)
         low_memory, reason = self._low_memory(coupled, inputs, targets)
@@ -129,6 +154,7 @@ class Preparation:
         )
         inner = Passes(self.inner, self.loss_fn, loss_plan, None, torch.Tensor.backward, low_memory=low_memory)
 
+        @quiet_on_fake_tensors
         def forward(some_inputs: Any, some_targets: Any) -> torch.Tensor:
             return inner.loss(some_inputs, some_targets)[0]
 
@@ -146,7 +172,7 @@ class Preparation:
             gradients=copies * self.whole.gradients,
             batch=static_bytes(self.inner, None, inputs, targets).batch,
         )
-        room = budget - static.weights - static.gradients - static.batch
+        room = min(budget, self._spare(static)) - static.weights - static.gradients - static.batch
         fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
         if fitting:
             made.time(self.inner, forward, inputs, targets, fitting)
@@ -162,7 +188,7 @@ class Preparation:
                     growing=self.model is self.inner,
                 )
             ),
-            splittable=self._why_not_split(loss_plan, coupled, inputs, targets),
+            splittable=self._why_not_split(loss_plan, coupled, inputs, targets, _Room(made, room)),
             techniques=self.switches.planner,
             rates=self.rates,
             in_flight=self.in_flight,
@@ -186,17 +212,72 @@ class Preparation:
             return None, "low_memory: not where micro-batches meet at each BatchNorm"
         return LowMemoryLoss.of(self.inner, self.loss_fn, inputs, targets)
 
-    def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any) -> str:
-        if batch_size(inputs, targets) < 2:
+    def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any, room: _Room) -> str:
+        """Why the batch must not be split; "" if it may.
+
+        Raises:
+            TrainingError: it must not, but a number of micro-batches was asked for.
+        """
+        samples, wanted = batch_size(inputs, targets), self.micro_batches
+        if samples < 2:
             return "the batch has one sample"
-        if self.micro_batches is not None or not self.switches.accumulate:
+        if wanted == 1 or not self.switches.accumulate:
             return ""
+        reason = self._coupling(loss_plan, coupled, inputs, targets, room)
+        if reason and wanted is not None:
+            raise TrainingError(
+                f"micro_batches={wanted} would not give the gradients of the whole batch: {reason}; leave "
+                "micro_batches out (the batch is recomputed instead of split), or see batch_norm= and count="
+            )
+        return reason
+
+    def _coupling(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any, room: _Room) -> str:
         if self.batch_norm in ("auto", "never") and coupled:
             return f"{coupled[0]} takes its statistics from the whole batch ({len(coupled)} such modules)"
         moving = modules_that_move_with_each_pass(self.inner)
         if moving:
             return f"{moving[0]} changes with each forward pass"
-        verdict = check_splits(self.inner, self.loss_fn, inputs, targets, loss_plan, call=call_loss)
+        samples, copies = room.for_check()
+        if samples < 2:
+            return "there is no room to try it on two samples"
+        verdict = check_splits(
+            self.inner,
+            self.loss_fn,
+            inputs,
+            targets,
+            loss_plan,
+            call=call_loss,
+            samples=samples,
+            copy_limit=copies,
+        )
         if verdict and verdict.moving and self.batch_norm not in ("lockstep", "ghost"):
             return f"buffer {verdict.moving[0]} changes with each forward pass"
         return "" if verdict else verdict.reason
+
+    def _spare(self, static: StaticBytes) -> int:
+        """What the machine can spare for all that training holds, of which the weights are there already."""
+        return memory_limits().available + static.weights + static.buffers + static.batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What trying things out may take.
+
+    Attributes:
+        study: tells what a pass holds.
+        nbytes: beside weights, one set of gradients and the batch.
+    """
+
+    study: Study
+    nbytes: int
+
+    def for_check(self) -> tuple[int, int]:
+        """Samples for the check of splitting (none where not even two fit), and bytes for a float64 copy."""
+        for samples in (_CHECKED, 2):
+            held = int(self.study.tape(samples).saved_bytes * 1.5) if samples <= self.study.batch else 0
+            # The copy, its gradients, and activations of twice the bytes.
+            copies = (self.nbytes - 2 * held) // 2
+            if samples <= self.study.batch and copies > 0:
+                return samples, min(copies, _COPY)
+        fits = self.study.batch >= 2 and self.study.tape(2).saved_bytes * 1.5 <= self.nbytes
+        return (2 if fits else 0), 0

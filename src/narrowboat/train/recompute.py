@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -25,12 +25,15 @@ from torch.utils._pytree import tree_leaves
 from narrowboat.errors import TrainingError, UsageError
 from narrowboat.quantities import format_bytes
 from narrowboat.train.budget import BudgetInForce
+from narrowboat.train.forked import Home
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.measure.meter import Meter
 from narrowboat.train.measure.study import study, timing_sizes
-from narrowboat.train.micro_batch import batch_size, mapped, tensors_in
+from narrowboat.train.micro_batch import batch_size, mapped, samples_in, tensors_in
 from narrowboat.train.open_run import OpenRun
+from narrowboat.train.options import arguments_of, check_model, folder_of
 from narrowboat.train.plan import Planner, Premises, TrainPlan
+from narrowboat.train.quiet import quiet_on_fake_tensors
 from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool, measure_bandwidth
@@ -69,6 +72,7 @@ class PlannedForward:
         techniques: Iterable[str] | None = None,
         optimizers: Iterable[torch.optim.Optimizer] = (),
     ) -> None:
+        check_model(model)
         if isinstance(model, torch.jit.ScriptModule):
             raise UsageError(
                 "a scripted module runs no Python that could be planned; give the module before scripting"
@@ -77,11 +81,10 @@ class PlannedForward:
         if isinstance(before, PlannedForward):
             before.close()
             before = model.__dict__.get("forward")
-        self._options: dict[str, Any] = {
-            "spill": spill,
-            "techniques": None if techniques is None else list(techniques),
-        }
-        self._techniques = Switches.of(self._options["techniques"]).planner
+        if isinstance(techniques, Iterator):
+            techniques = tuple(techniques)
+        self._options: dict[str, Any] = {"spill": folder_of(spill), "techniques": techniques}
+        self._techniques = Switches.of(techniques).planner
         self._budget = BudgetInForce(budget, adapt=False)
         self.optimizers = list(optimizers)
         self._model = model
@@ -91,6 +94,7 @@ class PlannedForward:
         self._planners: dict[Hashable, Planner] = {}
         self._plans: dict[Hashable, TrainPlan] = {}
         self._last: TrainPlan | None = None
+        self._home = Home()
         self._closed = False
         self.departed = ""
         self.planned = 0
@@ -126,7 +130,9 @@ class PlannedForward:
 
         Raises:
             BudgetError: no plan fits, with the minimum and the part that sets it.
+            TrainingError: the batch is empty, or the model fails on it.
         """
+        samples_in((args, kwargs))
         self._last = self._plan_for((args, kwargs))
         return self._last
 
@@ -139,18 +145,23 @@ class PlannedForward:
                 self._model.__dict__["forward"] = self._original
         if self._model.__dict__.get("narrowboat") is self:
             del self._model.__dict__["narrowboat"]
-        if self._pool is not None:
+        if self._pool is not None and not self._home.left:
             self._pool.close()
-            self._pool = None
+        self._pool = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, on its plan where gradients are asked for.
 
         Raises:
             BudgetError: a kind of input that was not seen before, and no plan fits.
+            TrainingError: activations go to storage, and this process was forked from the one that plans.
         """
         if self._closed or not torch.is_grad_enabled() or _is_watched() or not self._trains((args, kwargs)):
             return self._call(args, kwargs)
+        if not batch_size((args, kwargs)):
+            return self._call(args, kwargs)
+        if self._pool is not None:
+            self._home.check()
         plan = self._plan_for((args, kwargs))
         self._last, self.departed = plan, ""
         self.planned += 1
@@ -205,6 +216,7 @@ class PlannedForward:
         output_bytes = _OutputBytes()
         attached = [tensor.requires_grad for tensor in tensors_in(inputs)]
 
+        @quiet_on_fake_tensors
         def forward(some_inputs: Any, _: Any) -> torch.Tensor:
             output = self._clean_call(*_attached(some_inputs, attached))
             output_bytes.note(batch_size(some_inputs), output)
@@ -236,7 +248,7 @@ class PlannedForward:
     def _open_pool(self) -> None:
         folder = self._options["spill"]
         if folder is not None and self._pool is None and self._techniques.spill:
-            self._pool = SpillPool(Path(folder), in_flight=_IN_FLIGHT)
+            self._pool = SpillPool(folder, in_flight=_IN_FLIGHT)
             write, read = measure_bandwidth(self._pool.folder)
             self._rates = Rates(write=1 / write, read=1 / read)
 
@@ -286,17 +298,17 @@ def checkpoint_plan(
 
     Raises:
         BudgetError: no plan fits, with the minimum and the part that sets it; the model is as it was.
+        TrainingError: the example is empty, or the model fails on it.
         UsageError: an option that cannot be used as given.
     """
+    args, kwargs = arguments_of(example)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer, or None")
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     optimizers = [] if optimizer is None else [optimizer]
     planned = PlannedForward(inner, budget, spill=spill, techniques=techniques, optimizers=optimizers)
-    args: tuple[Any, ...] = (example,) if isinstance(example, torch.Tensor) else ()
     try:
-        if isinstance(example, Mapping):
-            planned.prepare(**example)
-        else:
-            planned.prepare(*(args or example))
+        planned.prepare(*args, **kwargs)
     except BaseException:
         planned.close()
         raise

@@ -20,6 +20,8 @@ import torch
 from narrowboat.errors import SpillError
 from narrowboat.train.spill_file import CHUNK, SpillFile, fresh_storage
 
+_LEAST = 1 << 20  # bytes that a folder must have room for
+
 
 class Ticket:
     """A storage on its way to the spill file, or in it. Dropping the last reference releases it.
@@ -325,17 +327,16 @@ def measure_bandwidth(folder: str | Path, nbytes: int = 64 << 20) -> tuple[float
     """How fast the folder takes spilled bytes and gives them back, in bytes per second (writing, reading).
 
     It writes and reads as the pool does, one call of 4 MiB at a time, the page cache kept out; writing ends when the
-    device has the bytes. Below a virtual machine the host may still hold what it was just given. Nothing is left
-    behind.
+    device has the bytes. Below a virtual machine the host may still hold what it was just given. Where the folder has
+    less room, fewer bytes do. Nothing is left behind.
 
     Raises:
-        SpillError: the folder cannot be used, or has no ``nbytes`` bytes free.
+        SpillError: the folder cannot be used, or is full.
         MemoryError: no memory for ``nbytes`` bytes.
     """
-    nbytes = max(nbytes, 1)
     file = SpillFile(folder)
     try:
-        offset = file.reserve(nbytes)
+        offset, nbytes = _reserve_some(file, max(nbytes, 1))
         source, memory = fresh_storage(min(nbytes, CHUNK))
         memory[:] = os.urandom(len(memory))
         begin = time.perf_counter()
@@ -347,3 +348,14 @@ def measure_bandwidth(folder: str | Path, nbytes: int = 64 << 20) -> tuple[float
         return nbytes / (written - begin), nbytes / (time.perf_counter() - written)
     finally:
         file.close()
+
+
+def _reserve_some(file: SpillFile, nbytes: int) -> tuple[int, int]:
+    """A slot of ``nbytes`` bytes, or of fewer where there is no room for them, and its size."""
+    while True:
+        try:
+            return file.reserve(nbytes), nbytes
+        except SpillError:
+            if nbytes <= _LEAST:
+                raise
+            nbytes = max(nbytes // 2, _LEAST)

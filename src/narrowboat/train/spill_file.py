@@ -49,6 +49,10 @@ _ADVICE = {
 def spill_error(error: OSError, doing: str, folder: Path) -> SpillError:
     """The named error for ``error``, met while ``doing`` something in ``folder``."""
     advice = _ADVICE.get(error.errno or 0, "check the storage, or give another folder")
+    if error.errno == errno.ENOSPC:
+        with suppress(OSError):
+            found = os.statvfs(folder)
+            advice += f" ({format_bytes(found.f_bavail * found.f_frsize)} are free there)"
     return SpillError(f"{doing} in the spill folder {folder} failed: {error.strerror or error}; {advice}")
 
 

@@ -24,6 +24,8 @@ from narrowboat.train.undisturbed import undisturbed
 # float32 (Hugging Face's losses and RMSNorm do).
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF = 5e-2
+_BUCKETS = 4096  # numbers that stand for the gradient of one parameter
+_CHUNK = 1 << 18  # entries at a time; a multiple of the buckets
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class _Trial:
         return SplitVerdict("coupled", self._why_coupled(whole, *failed, bound), worst, moving)
 
     def _gradients(self, sizes: Sequence[int], held: dict[str, Tensor] | None = None) -> list[Tensor]:
-        """One weighted gradient per part, all parameters in one float64 vector."""
+        """A sketch of one weighted gradient per part, in float64."""
         pieces = cut(self.inputs, self.targets, list(sizes))
         found: list[Tensor] = []
         counts: list[Tensor | float] = []
@@ -186,8 +188,13 @@ class _Trial:
     def _flat(self, loss: Tensor) -> Tensor:
         parameters = self.parameters
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        filled = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True))
-        return torch.cat([(g.to_dense() if g.is_sparse else g).detach().reshape(-1).double() for g in filled])
+        sketches = []
+        for place, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+            if gradient is None:
+                sketches.append(torch.zeros(min(parameter.numel(), _BUCKETS), dtype=torch.float64))
+            else:
+                sketches.append(_sketch(gradient.detach(), place))
+        return torch.cat(sketches)
 
     def _tolerance(self) -> float:
         if not self.exact and any(torch.is_autocast_enabled(p.device.type) for p in self.parameters):
@@ -273,6 +280,26 @@ def _lent_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in bare:
             module.running_mean = module.running_var = None
+
+
+def _sketch(gradient: Tensor, seed: int) -> Tensor:
+    """A gradient in at most ``_BUCKETS`` numbers: sums of its entries with random signs, the same in every call.
+
+    Linear, so gradients that add up have sketches that do, and one that is off by some share is off by about that
+    share (count sketch; Charikar, Chen and Farach-Colton, 2002). Whole gradients, several at once in float64, would
+    take twenty times the weights.
+    """
+    flat = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1)
+    if flat.numel() <= _BUCKETS:
+        return flat.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.zeros(_BUCKETS, dtype=torch.float64)
+    for chunk in flat.split(_CHUNK):
+        signs = torch.randint(2, (len(chunk),), generator=generator, dtype=torch.int8)
+        signed = chunk.double().cpu() * (2 * signs - 1)
+        rest = -len(chunk) % _BUCKETS
+        found += torch.nn.functional.pad(signed, (0, rest)).view(-1, _BUCKETS).sum(0)
+    return found
 
 
 def _error(whole: Tensor, parts: Sequence[Tensor]) -> float:

@@ -55,7 +55,7 @@ def static_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, inpu
         buffers=_distinct(model.buffers()),
         gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         optimizer=state_bytes(optimizer) if optimizer is not None else 0,
-        batch=_distinct(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)),
+        batch=batch_bytes(inputs, targets),
         largest_gradient=largest,
         temporaries=_temporaries(optimizer, largest) if optimizer is not None else 0,
     )
@@ -82,7 +82,12 @@ def _distinct(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def batch_bytes(inputs: Any, targets: Any) -> int:
+    """Bytes of a batch's tensors."""
+    return _distinct(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor))
+
+
+def model_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of host memory that the model and the optimizer hold now; stand-ins hold none."""
     tensors = [*model.parameters(), *model.buffers()]
     for state in optimizer.state.values():

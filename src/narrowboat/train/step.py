@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
@@ -24,20 +23,31 @@ from torch import nn
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import TrainingError, UsageError
 from narrowboat.machine.data_limit import data_limit, is_out_of_memory
-from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy, trim
-from narrowboat.machine.memory import process_memory, reset_peak
+from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
+from narrowboat.machine.memory import reset_peak
+from narrowboat.machine.whole_heap import STRETCH, give_back, open_whole_heap
 from narrowboat.quantities import format_bytes
 from narrowboat.train.budget import BudgetInForce
 from narrowboat.train.distributed import Ranks
+from narrowboat.train.footprint import Footprint
+from narrowboat.train.forked import Home
 from narrowboat.train.fuse import Fusion
+from narrowboat.train.heap_guard import HeapGuard
 from narrowboat.train.measure.chain import Rates
+from narrowboat.train.options import (
+    check_functions,
+    check_model,
+    check_names,
+    check_optimizer,
+    check_settings,
+    folder_of,
+)
 from narrowboat.train.passes import Outcome, drain_autograd
 from narrowboat.train.plan import TrainPlan
-from narrowboat.train.preparation import BATCH_NORM, Preparation
+from narrowboat.train.preparation import Preparation
 from narrowboat.train.report import Report, StepRecord
 from narrowboat.train.snapshot import Snapshot
 from narrowboat.train.spill import SpillPool, measure_bandwidth
-from narrowboat.train.static import resident_bytes
 from narrowboat.train.stored_update import StoredUpdate
 from narrowboat.train.switches import Switches
 from narrowboat.train.update import Update
@@ -50,8 +60,6 @@ log = logging.getLogger("narrowboat")
 _SMALLER = 0.8  # of the budget, after a step that ran out of memory
 _MOST_ATTEMPTS = 8
 _IN_FLIGHT = 16 << 20  # bytes of activations on their way to or from storage
-_ALLOCATOR = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
-_CLOSE = 0.98  # of the budget: measured peaks up to there ask for no more room
 _LEARNING = 3  # steps
 _ENFORCED = 256 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
 
@@ -84,10 +92,9 @@ class TrainStep:
         adapt: bool = True,
         enforce: bool = True,
     ) -> None:
-        if batch_norm not in BATCH_NORM:
-            raise UsageError(f"batch_norm={batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
-        if clip_grad_norm is not None and not 0 < clip_grad_norm < math.inf:
-            raise UsageError(f"clip_grad_norm={clip_grad_norm!r}: give a positive number")
+        check_model(model)
+        check_functions(loss_fn, scaler, count)
+        check_settings(batch_norm, clip_grad_norm, micro_batches)
         if in_backward and scaler is not None:
             raise UsageError(
                 "in_backward=True steps before a GradScaler has seen all gradients; leave one of them out"
@@ -97,15 +104,12 @@ class TrainStep:
         self._ranks = Ranks(model)
         self._inner = self._ranks.model
         self._clip, self._scaler = clip_grad_norm, scaler
-        self._in_backward, self._resume, self._enforce = in_backward, resume, enforce
-        _check_optimizer(self._inner, optimizer)
+        self._in_backward, self._enforce = in_backward, enforce
+        check_optimizer(self._inner, optimizer)
         switches = Switches.of(techniques)
-        self._fusion = Fusion(self._inner) if switches.fuse else None
         self._budget = BudgetInForce(budget, adapt=adapt)
-        self._baseline: int | None = None
-        if spill is not None and not isinstance(spill, (str, Path)):
-            raise UsageError(f"spill={spill!r}: give the path of a folder")
-        self._folder = Path(spill) if spill is not None else None
+        self._folder = folder_of(spill)
+        self._fusion = Fusion(self._inner) if switches.fuse else None
         self._pool: SpillPool | None = None
         rates = Rates()
         if self._folder is not None:
@@ -121,6 +125,7 @@ class TrainStep:
             if self._pool is not None:
                 self._pool.close()
             raise
+        self._footprint = Footprint(self._inner, optimizer, self._weights)
         self._preparation = Preparation(
             model=model,
             inner=self._inner,
@@ -138,12 +143,15 @@ class TrainStep:
             scaled=scaler is not None,
             step_in_backward=in_backward and clip_grad_norm is None,
             fusion=self._fusion,
+            footprint=self._footprint,
         )
         self._last: TrainPlan | None = None
         self._update: Update | StoredUpdate | None = None
         self._report = Report()
+        self._steps_done = self._weights.steps_done if self._weights is not None else 0
+        self._home = Home()
         self._closed = False
-        self._strict = False
+        self._guarded = False
 
     # -- for the user --------------------------------------------------------------------------------------------
 
@@ -169,6 +177,11 @@ class TrainStep:
             )
         return self._last
 
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps made by calls; with ``resume=True`` counting those that were stored by the runs before."""
+        return self._steps_done
+
     def report(self) -> Report:
         """Prediction and measurement of every step."""
         return self._report
@@ -179,8 +192,11 @@ class TrainStep:
         Raises:
             BudgetError: no plan fits, with the minimum and the part that sets it.
             LossError: the loss is not a scalar.
+            TrainingError: the batch is empty, or model or loss fail on it.
         """
         self._check_open()
+        self._footprint.begin(inputs, targets)
+        self._budget.follow(self._footprint.held())
         self._last, _ = self._preparation.plan(inputs, targets, self._budget.now)
         return self._last
 
@@ -197,11 +213,13 @@ class TrainStep:
         Raises:
             BudgetError: no plan fits the budget; nothing was changed.
             LossError: the loss is not a finite scalar; nothing was changed.
-            TrainingError: out of memory on the smallest plan as well; nothing was changed.
+            TrainingError: the batch is empty, model or loss fail while it is measured, this is a forked child, or out
+                of memory on the smallest plan as well; nothing was changed.
         """
         start = time.perf_counter()
         outcome, record, update = self._gradients(inputs, targets, None)
         update.finish()
+        self._steps_done += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self._weights is not None:
             self._weights.end_step()
@@ -224,6 +242,9 @@ class TrainStep:
         Args:
             restore: bring optimizer state that is on storage back into memory. False where nobody goes on with it.
         """
+        if self._home.left:
+            self._closed = True  # what there is to close is the parent's
+            return
         if self._update is not None:
             self._update.close(restore=restore)
             self._update = None
@@ -233,6 +254,9 @@ class TrainStep:
             self._weights.close()
         if self._fusion is not None:
             self._fusion.close()
+        if self._guarded:
+            set_malloc_policy(MallocPolicy.DEFAULT)
+            self._guarded = False
         self._closed = True
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -250,16 +274,22 @@ class TrainStep:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise UsageError(
+            "a training step has threads, files and hooks, and cannot be copied or pickled: save model.state_dict() "
+            "and optimizer.state_dict() instead, and make another step with train_step"
+        )
+
     # -- one step ------------------------------------------------------------------------------------------------
 
     def _gradients(
         self, inputs: Any, targets: Any, tier: str | None
     ) -> tuple[Outcome, StepRecord, Update | StoredUpdate]:
         self._check_open()
-        if self._baseline is not None:
-            change = self._budget.follow(self._held())
-            if change:
-                self._report.changes.append((self._report.count, change))
+        self._footprint.begin(inputs, targets)
+        change = self._budget.follow(self._footprint.held())
+        if change:
+            self._report.changes.append((self._report.count, change))
         repeated, budget = 0, self._budget.now
         failed: tuple[TrainPlan, Exception] | None = None
         while True:
@@ -267,10 +297,11 @@ class TrainStep:
                 if failed is not None:
                     budget = self._less(failed[0], budget, repeated, failed[1])
                     failed = None  # with the frames that the error holds
+                    gc.collect()  # and the graph, which has cycles
+                    give_back()
                 plan, passes = self._preparation.plan(inputs, targets, budget)
             self._last = plan
             update = self._update_for(plan)
-            self._base()
             self._tighten(plan)
             snapshot = Snapshot(self._inner)
             self.optimizer.zero_grad(set_to_none=True)
@@ -280,13 +311,15 @@ class TrainStep:
             if self._weights is not None:
                 self._weights.begin_step()
             reset_peak()
+            guard = self._guard(plan, budget)
             try:
                 with self._limited(plan), self._preparation.frozen():
                     if tier == "memory":
                         with update.gradients_in_memory():
-                            outcome = passes.run(plan, inputs, targets)
+                            outcome = passes.run(plan, inputs, targets, before=guard.before)
                     else:
-                        outcome = passes.run(plan, inputs, targets, update.begin)
+                        outcome = passes.run(plan, inputs, targets, update.begin, before=guard.before)
+                guard.end(plan.static.temporaries)
                 break
             except BaseException as error:
                 if not update.repeatable:
@@ -328,9 +361,13 @@ class TrainStep:
         return smaller
 
     def _tighten(self, plan: TrainPlan) -> None:
-        """Have freed memory go back at once, unless the budget has room for what the allocator would keep."""
-        if not self._strict and (plan.step is not None or plan.predicted_peak * _ALLOCATOR > self._budget.now):
-            self._strict = set_malloc_policy(MallocPolicy.STRICT)
+        """From the first plan that has to look at the heap, have the allocator keep what the guard gives back."""
+        if not self._guarded and plan.step is not None:
+            self._guarded = open_whole_heap()
+
+    def _guard(self, plan: TrainPlan, budget: int) -> HeapGuard:
+        budget = min(budget, plan.budget)
+        return HeapGuard(self._footprint.base, budget, budget + _ENFORCED if self._enforce else None)
 
     def _limited(self, plan: TrainPlan) -> Any:
         if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):
@@ -338,7 +375,7 @@ class TrainStep:
         if self._pool is not None:
             self._pool.start()
         static = plan.static
-        return data_limit(plan.predicted_peak - static.weights - static.buffers - static.batch + _ENFORCED)
+        return data_limit(plan.predicted_peak - static.weights - static.buffers - static.batch + _ENFORCED + STRETCH)
 
     def _update_for(self, plan: TrainPlan) -> Update | StoredUpdate:
         if self._weights is not None and plan.tier.window and self._weights.budget != plan.tier.window:
@@ -357,7 +394,6 @@ class TrainStep:
                 self._folder,
                 self._weights,
                 clip=self._clip,
-                resume=self._resume,
             )
         else:
             self._update = Update(
@@ -373,10 +409,9 @@ class TrainStep:
 
     def _learn(self, peak: int, record: StepRecord) -> None:
         """Kernels that take more beside tensors than was set aside are seen in the first steps; then it is more."""
-        over = peak - max(record.predicted_peak, int(record.budget * _CLOSE))
-        if over <= 0 or self._report.count >= _LEARNING or self._last is None:
+        slack = peak - max(record.predicted_peak, record.budget)
+        if slack <= 0 or self._report.count >= _LEARNING or self._last is None:
             return
-        slack = peak - record.predicted_peak
         if self._last.min_budget + slack > record.budget:
             return  # no plan would be left; the report tells what was measured
         self._preparation.reserve(slack)
@@ -384,7 +419,7 @@ class TrainStep:
         self._report.changes.append((self._report.count, what))
 
     def _note(self, outcome: Outcome, record: StepRecord, start: float) -> None:
-        peak = max(0, process_memory().hwm - self._base())
+        peak = self._footprint.peak()
         seconds = time.perf_counter() - start
         self._learn(peak, record)
         spilled = self._written() - record.spilled
@@ -399,23 +434,11 @@ class TrainStep:
         update = self._update.bytes_written if self._update is not None else 0
         return update + (self._pool.bytes_written if self._pool is not None else 0)
 
-    def _held(self) -> int:
-        return max(0, process_memory().rss - self._base())
-
-    def _base(self) -> int:
-        """What the process has without the training: taken once, when the first batch has been measured."""
-        if self._baseline is None:
-            gc.collect()
-            trim()
-            held = resident_bytes(self._inner, self.optimizer)
-            if self._weights is not None:
-                held += self._weights.resident_bytes
-            self._baseline = max(0, process_memory().rss - held)
-        return self._baseline
-
     def _check_open(self) -> None:
         if self._closed:
             raise TrainingError("this training step was closed; make a new one with train_step")
+        if self._pool is not None or self._weights is not None:
+            self._home.check()
 
 
 def train_step(
@@ -449,30 +472,16 @@ def train_step(
             never all in memory (with clipping they have to wait for the norm). A step that fails midway can then
             not be repeated.
         count: of a micro-batch's inputs and targets: what the loss averages over.
-        resume: go on from the last whole step in ``spill``, where weights on meta are trained.
+        resume: go on from the last whole step in ``spill``, where weights on meta are trained; ``steps_done`` tells
+            which. What is in memory is resumed by ``load_state_dict`` of model and optimizer.
         adapt: follow what the machine has free, below the budget.
         enforce: refuse allocations that go far beyond the plan, so that an overrun is an error that is caught and
             not a kill (CPU).
 
     Raises:
-        UsageError: an option that cannot be used as given.
-        TrainingError: the optimizer holds parameters that are not the model's.
+        UsageError: an option that cannot be used as given; ``resume`` where there is nothing to go on from.
+        SpillError: the folder cannot be used; what is to be resumed is damaged, or not of one step of one run.
+        TrainingError: an optimizer that cannot be used, or whose parameters are not the model's.
     """
+    check_names(TrainStep.__init__, options)
     return TrainStep(model, loss_fn, optimizer, **options)
-
-
-def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UsageError(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer over the model")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TrainingError(
-            "LBFGS evaluates the loss several times per step and cannot be used here; use AdamW or SGD"
-        )
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strange = sum(id(parameter) not in own for parameter in held)
-    if strange:
-        raise TrainingError(
-            f"{strange} of the optimizer's {len(held)} parameters are not the model's: build the optimizer from "
-            "model.parameters() of this very model, after moving it to its device"
-        )

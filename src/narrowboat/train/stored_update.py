@@ -28,7 +28,10 @@ class StoredUpdate:
         folder: for state and gradients.
         weights: the model's weights on storage.
         clip: largest norm; None for no clipping.
-        resume: go on from the last whole step in the folder.
+
+    Raises:
+        TrainingError: the optimizer's update is not per parameter, or its state cannot be kept as bytes.
+        SpillError: the folder cannot be used, or is full. Of a run that has no step yet nothing is left behind.
     """
 
     repeatable = True
@@ -42,25 +45,36 @@ class StoredUpdate:
         weights: TrainingWeights,
         *,
         clip: float | None,
-        resume: bool,
     ) -> None:
         assert weights.stored is not None
         self.tier = tier
         self._weights, self._stored, self._clip = weights, weights.stored, clip
-        bucket = tier.bucket
+        records, bucket = weights.stored.records, tier.bucket
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = StoredOptimizer(optimizer, folder, bucket_bytes=bucket, resume=resume)
+        begun = records.step > 0
         try:
-            # After a kill between the two commits one is a step ahead.
-            step = min(self._optimizer.commits, self._stored.records.step) if resume else 0
-            if resume and step:
-                self._optimizer.roll_back(step)
-                self._stored.records.roll_back(step)
-            self._store = GradientStore(trained, folder, bucket_bytes=bucket, buckets=self._optimizer.buckets)
+            records.open()  # a disk that is full is met before the first pass
+            self._optimizer = StoredOptimizer(
+                optimizer,
+                folder,
+                bucket_bytes=bucket,
+                resume=begun,
+                generation=records.step if begun else None,
+                run=records.run,
+                beside=self._commit_weights,
+            )
+            try:
+                self._store = GradientStore(trained, folder, bucket_bytes=bucket, buckets=self._optimizer.buckets)
+            except BaseException:
+                if begun:
+                    self._optimizer.close()
+                else:
+                    self._optimizer.release(remove=True)
+                raise
         except BaseException:
-            self._optimizer.close()
+            if not begun:
+                records.withdraw()
             raise
-        self._step = step
 
     @property
     def bytes_written(self) -> int:
@@ -87,14 +101,21 @@ class StoredUpdate:
                     finally:
                         self._store.release(index, record)
             self._optimizer.finish(commit=False)
-            self._stored.finish_writes()
-        except BaseException:
+            self._optimizer.commit(self._commit_weights(1))
+        except BaseException as error:
             self._stored.discard()
+            self._optimizer.fail(error)
             raise
-        self._step += 1
-        self._stored.commit(self._step)
-        self._optimizer.commit(self._step)
         self._store.clear()
+
+    def _commit_weights(self, steps: int = 0) -> int:
+        """Commit the weights, after so many more steps; the number under which the optimizer has to follow.
+
+        The weights are first: only what both have counts, and what neither has need not be undone.
+        """
+        number = self._stored.records.step + 1
+        self._stored.commit(number, {"steps": self._stored.steps + steps})
+        return number
 
     def abandon(self) -> None:
         """The step is not made."""

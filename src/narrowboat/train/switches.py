@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from narrowboat.errors import UsageError
 from narrowboat.train.measure.chain import Techniques
@@ -41,18 +42,25 @@ class Switches:
     state: bool
 
     @classmethod
+    def _known(cls, names: Any) -> set[str]:
+        if not isinstance(names, Iterable):
+            raise UsageError(f"techniques={names!r}: give names among {', '.join(cls.NAMES)}")
+        given = [names] if isinstance(names, str) else list(names)
+        for name in given:
+            if name not in cls.NAMES:
+                near = difflib.get_close_matches(name, cls.NAMES, n=1) if isinstance(name, str) else []
+                hint = f"did you mean {near[0]!r}? There are" if near else "choose among"
+                raise UsageError(f"techniques: there is no {name!r}; {hint} {', '.join(cls.NAMES)}")
+        return set(given)
+
+    @classmethod
     def of(cls, names: Iterable[str] | None) -> Switches:
         """From the names of those allowed; None for all that keep every bit.
 
         Raises:
-            UsageError: no such technique.
+            UsageError: no such technique, or no names.
         """
-        chosen = (
-            set(cls.NAMES) - set(cls.ROUNDING) if names is None else {names} if isinstance(names, str) else set(names)
-        )
-        unknown = sorted(chosen - set(cls.NAMES))
-        if unknown:
-            raise UsageError(f"techniques={unknown}: choose among {', '.join(cls.NAMES)}")
+        chosen = set(cls.NAMES) - set(cls.ROUNDING) if names is None else cls._known(names)
         return cls(
             planner=Techniques(**{name: name in chosen for name in ("recompute", "reduce", "compact", "spill")}),
             accumulate="accumulate" in chosen,

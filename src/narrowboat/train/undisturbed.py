@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from narrowboat.train.containers import Containers
+
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -43,13 +45,14 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 class Attributes:
     """What the attributes of modules refer to now, tables of parameters, buffers and submodules included.
 
-    What lists and other objects among them hold is not looked after.
+    Lists, dicts and plain objects that are reached from them hold afterwards what they held (``containers``).
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._saved = [dict(module.__dict__) for module in self._modules]
         self._tables = [{name: dict(module.__dict__[name]) for name in _TABLES} for module in self._modules]
+        self._containers = Containers(self._modules)
 
     def restore(self) -> None:
         """Let them refer to the same again."""
@@ -59,6 +62,7 @@ class Attributes:
             for name, content in table.items():
                 module.__dict__[name].clear()
                 module.__dict__[name].update(content)
+        self._containers.restore()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from narrowboat.errors import LossError
+from narrowboat.errors import LossError, TrainingError
 from narrowboat.train.recipes.course import Course
 from narrowboat.train.recipes.goal import Goal, Kind
 from narrowboat.train.recipes.loop import Listener, Outcome, Score, evaluate, train
@@ -145,3 +145,12 @@ def test_an_error_leaves_the_count_of_whole_steps() -> None:
     with pytest.raises(LossError):
         _run(step, Course(tuple(range(30)), 2, steps=20), outcome)
     assert (outcome.steps, len(outcome.losses)) == (7, 2)
+
+
+def test_an_error_of_the_model_itself_has_a_name() -> None:
+    class Fails(Writes):
+        def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+            raise ValueError("mine")
+
+    with pytest.raises(TrainingError, match=r"the model .* fails on this batch: ValueError: mine"):
+        _run(Fails(), Course(tuple(range(4)), 4), Outcome(0))

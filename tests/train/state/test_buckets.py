@@ -253,6 +253,59 @@ def test_a_damaged_header_is_told(tmp_path: Path) -> None:
         BucketFile(tmp_path, "test", SIZES, resume=True)
 
 
+@pytest.mark.parametrize("record", ["a", "c"])
+def test_a_damaged_record_is_told_when_it_is_gone_on_from(tmp_path: Path, record: str) -> None:
+    with opened(tmp_path) as file:
+        for name in SIZES:
+            file.write(name, content(1))
+        file.commit(1)
+        file.write("b", content(2))
+        file.commit(2)
+        at = file._slot(record).at + 100
+    data = tmp_path / "test.records"
+    with data.open("r+b") as raw:
+        raw.seek(at)
+        raw.write(b"\x7f")
+    before = data.read_bytes()
+    for _ in range(2):
+        with pytest.raises(SpillError, match=r"test\.records is damaged.*delete"):
+            BucketFile(tmp_path, "test", SIZES, resume=True)
+    assert data.read_bytes() == before
+    with opened(tmp_path, resume=True, generation=1) as file:  # whoever names a commit has looked
+        assert (file.step, value_of(file, "b")) == (1, 1)
+
+
+def test_data_without_which_a_header_is_nothing_are_not_made_up(tmp_path: Path) -> None:
+    with opened(tmp_path) as file:
+        file.write("a", content(1))
+        file.commit(1)
+    (tmp_path / "test.records").unlink()
+    with pytest.raises(SpillError, match="cut short"):
+        BucketFile(tmp_path, "test", SIZES, resume=True)
+    assert os.listdir(tmp_path) == ["test.json"]
+
+
+def test_deferred_files_are_made_by_the_first_write(tmp_path: Path) -> None:
+    folder = tmp_path / "made later"
+    with opened(folder, deferred=True) as file:
+        assert not folder.exists() and file.file_bytes == 2 * sum((8192, 4096, 40_960))
+        assert "a" not in file and not file.prefetch("a")
+        file.write("a", content(1))
+        assert (folder / "test.records").stat().st_size == file.file_bytes
+        assert value_of(file, "a") == 1
+        file.withdraw()
+        assert os.listdir(folder) == [] and "a" not in file
+        file.open()
+        file.write("b", content(2))
+        file.commit(1)
+    with pytest.raises(SpillError, match="closed"):
+        file.write("b", content(3))
+    with pytest.raises(UsageError, match="resume=True"):
+        BucketFile(folder, "test", SIZES, deferred=True)
+    with opened(folder, resume=True) as file:
+        assert (value_of(file, "a"), value_of(file, "b")) == (None, 2)
+
+
 def test_a_file_cut_short_is_told(tmp_path: Path) -> None:
     with opened(tmp_path) as file:
         file.write("c", content(1))

@@ -144,7 +144,7 @@ class _Builder:
         for storage in self._tape.storages:
             change[storage.creator] += storage.nbytes
             change[min(max(storage.dies, storage.creator + 1), count)] -= storage.nbytes
-        return np.cumsum(change)[:count]
+        return np.cumsum(change)[:count] + np.array([op.scratch for op in self._tape.ops], dtype=np.int64)
 
     def _alive(self, number: int, start: int, stop: int) -> tuple[int, int]:
         """The operators of a unit during which a storage is alive by itself, as offsets into the unit."""
@@ -220,7 +220,7 @@ class _Builder:
                 if holders[key] == 0:
                     alive.discard(key)
                     held = self._held_from(alive, current)
-            windows[current].see(live, held)
+            windows[current].see(live + event.scratch, held)
         windows[current].after = live
         windows[current].seconds += (self._tape.backward_seconds - since) if self._tape.backward_seconds else 0.0
         return windows

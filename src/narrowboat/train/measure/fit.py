@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from narrowboat.train.tape.structure import BackwardEvent, Tape
+from narrowboat.train.measure.calls import Call, between
+from narrowboat.train.tape.structure import Tape
 
 
 def alike(small: Tape, large: Tape) -> bool:
@@ -35,6 +36,9 @@ def at_batch(small: Tape, large: Tape, batch: int) -> Tape:
         # Exact for whatever grows by whole bytes per sample; rounded up otherwise.
         return max(0, -((-(a * span + (b - a) * (batch - small.batch))) // span))
 
+    def called(a: Call | None, b: Call | None) -> Call | None:
+        return between(a, b, fitted) if a is not None and b is not None else None
+
     storages = [
         replace(
             a,
@@ -46,10 +50,11 @@ def at_batch(small: Tape, large: Tape, batch: int) -> Tape:
         for a, b in zip(small.storages, large.storages, strict=True)
     ]
     backward = [
-        BackwardEvent(a.kind, a.storage, a.saved_at, fitted(a.live, b.live), a.seconds, a.gradients)
+        replace(a, live=fitted(a.live, b.live), call=called(a.call, b.call))
         for a, b in zip(small.backward, large.backward, strict=True)
     ]
-    return replace(large, ops=[replace(op) for op in large.ops], storages=storages, backward=backward, batch=batch)
+    ops = [replace(b, call=called(a.call, b.call)) for a, b in zip(small.ops, large.ops, strict=True)]
+    return replace(large, ops=ops, storages=storages, backward=backward, batch=batch)
 
 
 def with_times(tape: Tape, timed: Tape) -> Tape:

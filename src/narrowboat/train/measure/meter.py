@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from narrowboat.train.measure.calls import Call, call_of
 from narrowboat.train.tape.facts import facts_of
 from narrowboat.train.tape.leaves import plain, tensors_in, written_tensors
 from narrowboat.train.tape.storages import StorageNumbers
@@ -61,6 +62,7 @@ class Meter(TorchDispatchMode):
         self._outside_changed: set[int] = set()
         self._sizes: dict[int, int] = {}  # of storages made in the backward pass that are alive
         self._changes: list[tuple[str, int, int, int, float]] = []
+        self._calls: dict[int, Call | None] = {}  # that made storages in the backward pass, by the first of them
         self._began = 0.0
         self._gradients: set[int] = set()
         self._forward_began = time.perf_counter()
@@ -120,7 +122,7 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         seconds = time.perf_counter() - start
         if not self._forward:
-            self._note_backward(out)
+            self._note_backward(func, args, kwargs, out)
             return out
         read: list[int] = []
         outside: list[int] = []
@@ -160,6 +162,9 @@ class Meter(TorchDispatchMode):
                 outside=tuple(outside),
                 outside_changed=outside_changed,
                 seconds=seconds,
+                call=call_of(func, args, kwargs, sum(self._storages[n].nbytes for n in created))
+                if self._keep
+                else None,
             )
         )
         return out
@@ -173,12 +178,16 @@ class Meter(TorchDispatchMode):
         )
         return number
 
-    def _note_backward(self, out: Any) -> None:
+    def _note_backward(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        first = True
         for tensor in tensors_in(out):
             if plain(tensor) and self._numbers.get(tensor.untyped_storage()) is None:
                 storage = tensor.untyped_storage()
                 number = self._numbers.add_inside(storage)
                 self._sizes[number] = storage.nbytes()
+                if first:
+                    self._calls[number] = call_of(func, args, kwargs, storage.nbytes())
+                first = False
                 self._changes.append(("born", number, 0, storage.nbytes(), time.perf_counter() - self._began))
 
     def _died(self, number: int) -> None:
@@ -231,7 +240,8 @@ class Meter(TorchDispatchMode):
                 continue
             if kind in ("born", "died"):
                 live += size if kind == "born" else -size
-                events.append(BackwardEvent("live", number, 0, live, seconds, grown))
+                call = self._calls.get(number) if kind == "born" else None
+                events.append(BackwardEvent("live", number, 0, live, seconds, grown, call=call))
             else:
                 events.append(BackwardEvent(kind, number, saved_at, live, seconds, grown))
         return Tape(

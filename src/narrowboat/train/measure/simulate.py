@@ -121,7 +121,7 @@ class _Count:
                 for frame in self._plan.captures.get(number, ()):
                     self._hold((number, -1))
                     self._frames[frame][number] = (number, -1)
-            self._note(0, 0, op.module)
+            self._note(0, op.scratch, op.module)
             for frame in spill_at.get(op.index + 1, ()):
                 for copy in self._frames[frame].values():
                     self._release(copy)
@@ -161,7 +161,7 @@ class _Count:
                 self._bring(event.storage, self._plan.treatments[(event.storage, event.saved_at)][1])
             elif event.kind == "done":
                 self._done(event.storage, self._plan.treatments[(event.storage, event.saved_at)][1])
-            self._note(1, 0, "")
+            self._note(1, event.scratch, "")
 
     def _bring(self, number: int, unit: int) -> None:
         key = (number, unit)
@@ -191,7 +191,7 @@ class _Count:
             passing = sum(self._tape.storages[number].nbytes for number in made) - sum(
                 self._tape.storages[number].nbytes for number in fresh
             )
-            self._note(1, passing, self._tape.ops[index].module)
+            self._note(1, passing + self._tape.ops[index].scratch, self._tape.ops[index].module)
             for number in frees:
                 if number in there:
                     self._release(there.pop(number))

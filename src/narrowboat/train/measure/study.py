@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from narrowboat.errors import NarrowboatError, TrainingError
+from narrowboat.errors import NarrowboatError
 from narrowboat.machine.data_limit import is_out_of_memory
+from narrowboat.train.failures import failure_of
 from narrowboat.train.measure.fake import fake_walk
 from narrowboat.train.measure.fit import alike, at_batch, with_times
+from narrowboat.train.measure.kernels import Kernels
 from narrowboat.train.measure.meter import walk
 from narrowboat.train.measure.real import real_walk, untouched
 from narrowboat.train.micro_batch import batch_size, copied, rows
@@ -50,6 +52,7 @@ class Study:
     timed: bool = False
     _resize: Callable[[int], Tape] | None = None
     _times: Tape | None = None
+    _kernels: Kernels = field(default_factory=Kernels)
 
     def tape(self, batch: int) -> Tape:
         """The pass of ``batch`` samples, with durations."""
@@ -61,6 +64,7 @@ class Study:
             tape = self.large
         else:
             tape = self._resize(batch)
+        tape = self._kernels.with_scratch(tape)
         if self._times is None or self._times.signature() != tape.signature():
             tape = _guessed(tape)
             return _rescaled(tape, self.seconds(batch) / max(3 * tape.forward_seconds, 1e-9)) if self.timed else tape
@@ -135,11 +139,7 @@ def study(model: nn.Module, forward: Forward, inputs: Any, targets: Any) -> Stud
     except NarrowboatError:
         raise
     except Exception as error:
-        raise TrainingError(
-            f"a training pass of this model cannot be measured ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error) else 'no reason given'}): losses that differentiate "
-            "inside (gradient penalties, torch.func) cannot be planned; run such a step in plain PyTorch"
-        ) from error
+        raise failure_of(error, f"tried on {sizes[0]} of its {batch} samples" if sizes[0] < batch else "") from error
     large = real_walk(model, forward, inputs, targets, sizes[1]) if sizes[1] != sizes[0] else small
     made = Study(
         max(batch, 1),

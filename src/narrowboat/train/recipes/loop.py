@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from narrowboat.train.failures import failures_named
 from narrowboat.train.micro_batch import batch_size, cut, part_sizes
 from narrowboat.train.recipes.course import Course
 from narrowboat.train.recipes.goal import Goal
@@ -96,7 +97,7 @@ def train(
         listener: is told, and may end it.
 
     Raises:
-        NarrowboatError: as the step raises, after a whole number of steps.
+        NarrowboatError: as the step raises, after a whole number of steps; what the model raises itself is named.
     """
     step.model.train()
     for number, rows in course.batches(outcome.steps):
@@ -105,7 +106,8 @@ def train(
             return
         begun = time.perf_counter()
         inputs, targets = load(goal, data, rows)
-        step(inputs, targets)
+        with failures_named():
+            step(inputs, targets)
         del inputs, targets
         outcome.seconds += time.perf_counter() - begun
         record = step.report().steps[-1]

@@ -3,7 +3,8 @@
 Each record has two slots. A write goes to the slot that does not hold the committed generation;
 :meth:`BucketFile.commit` syncs the data and then replaces a small header, which says for every record which slot
 counts. The header is written beside the old one, synced and renamed over it, so a kill at any moment leaves either
-the old header or the new one, and both describe slots that nobody has touched since.
+the old header or the new one, and both describe slots that nobody has touched since. It has a checksum, and one for
+each record, which is compared when somebody goes on from there.
 
 Records move through page-aligned buffers, without the page cache: one being read ahead, one in the caller's hands,
 one being written behind.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import torch
 
 from narrowboat.errors import NarrowboatError, SpillError, TrainingError, UsageError
 from narrowboat.train.state.header import Commit, Key, Slot, last_extra, read_header, write_header
+from narrowboat.train.state.kept import check_length, check_records, end_of
 from narrowboat.train.state.layout import PAGE, Buffers, Layout, Record
 from narrowboat.train.state.storage_file import StorageFile, spill_error
 
@@ -37,15 +41,22 @@ class BucketFile:
         sizes: bytes to reserve for each record, by its name (see :func:`~narrowboat.train.state.layout.record_bytes`).
         fingerprint: whose records these are; a file with another one is not opened.
         resume: go on from the last commit of files that are there already; without any, begin empty.
+        generation: number of the commit to go on from, whose records the caller has compared with their checksums
+            (see :func:`~narrowboat.train.state.kept.newest_whole`); None for the last one, compared here.
+        run: of whom the commits are; a name that no other run has by default. Files of one run have it in common.
         temporary: a file without a name: nothing is left behind, whatever ends the process; ``commit`` does not sync.
         generations: 2, or 1 for scratch: a write then goes over what was there.
         memory: bytes that records read ahead may fill together with those in use; three of the largest by default.
+        deferred: nothing is made before :meth:`open`, or the first write. Not with ``resume``.
 
     Attributes:
         folder, name: as given.
+        run: as given, or made.
+        closed: whether ``close`` was called.
 
     Raises:
-        SpillError: the folder cannot be used, is full, or is in use by another process; nothing is left behind.
+        SpillError: the folder cannot be used, is full, or is in use by another process, and nothing is left behind;
+            or the files that are there are damaged, and stay as they are.
         UsageError: files of that name hold somebody's records and ``resume`` is false.
         TrainingError: they belong to another fingerprint.
     """
@@ -58,14 +69,20 @@ class BucketFile:
         *,
         fingerprint: str = "",
         resume: bool = False,
+        generation: int | None = None,
+        run: str = "",
         temporary: bool = False,
         generations: int = 2,
         memory: int | None = None,
+        deferred: bool = False,
     ) -> None:
         self.folder, self.name = Path(folder), name
+        self.run = run or os.urandom(8).hex()
+        self.closed = False
         self._data = self.folder / f"{name}.records"
         self._header = self.folder / f"{name}.json"
         self._temporary, self._generations = temporary, generations
+        self._resume, self._generation = resume, generation
         self._key = Key(fingerprint, generations)
         self._commits: list[Commit] = [Commit(0, {}, {})]
         self._pending: dict[str, Slot] = {}
@@ -75,29 +92,44 @@ class BucketFile:
         self._lock = threading.Lock()
         self._buffers = Buffers()
         self._reading: dict[str, Future[Record]] = {}
-        self._writing: dict[str, Future[None]] = {}
+        self._writing: dict[str, Future[int]] = {}
         self._threads: ThreadPoolExecutor | None = None
-        capacities = {record: max(-(-size // PAGE) * PAGE, PAGE) for record, size in sizes.items()}
-        self._memory = 3 * max(capacities.values(), default=PAGE) if memory is None else memory
+        self._capacities = {record: max(-(-size // PAGE) * PAGE, PAGE) for record, size in sizes.items()}
+        self._memory = 3 * max(self._capacities.values(), default=PAGE) if memory is None else memory
+        self._file = StorageFile(self.folder if temporary else self._data, temporary=temporary)
+        if deferred and not resume:
+            self._refuse_kept()
+            self._place_all()
+        else:
+            self.open()
+
+    def open(self) -> None:
+        """Make or open the files, if that has not been done yet; errors as the constructor's."""
+        if self.closed:
+            raise SpillError(f"the records in {self.folder} are closed")
+        if self._file.fd >= 0:
+            return
         made = not self.folder.is_dir()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise spill_error(error, f"making the folder {self.folder}") from error
-        kept = False
+        kept, there = False, self._data.exists()
         try:
-            self._file = StorageFile(self.folder if temporary else self._data, temporary=temporary)
+            self._file.open()
             try:
-                if not temporary:
+                if not self._temporary:
+                    # Only now that nobody else can write them.
                     kept = self._header.exists()
-                    self._open_kept(resume)
-                for record, capacity in capacities.items():
-                    if record not in self._homes:
-                        self._place(record, capacity)
-                self._file.reserve(max(self._end, PAGE))
+                    there = there or os.fstat(self._file.fd).st_size > 0
+                    self._open_kept()
+                self._place_all()
+                self._file.reserve(self.file_bytes)
+                if kept:
+                    self._choose_kept()
             except BaseException:
                 self._file.close()
-                if not temporary and not kept:
+                if not self._temporary and not (kept and there):
                     self._data.unlink(missing_ok=True)
                 raise
         except BaseException:
@@ -138,8 +170,8 @@ class BucketFile:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes reserved on storage."""
-        return self._file.size
+        """Bytes reserved on storage, or to be reserved."""
+        return max(self._end, PAGE)
 
     @property
     def buffer_peak(self) -> int:
@@ -216,7 +248,7 @@ class BucketFile:
     def _slot(self, record: str) -> Slot:
         return self._pending.get(record) or self._commits[0].slots[record]
 
-    def _load(self, slot: Slot, memory: mmap.mmap, before: Future[None] | None) -> Record:
+    def _load(self, slot: Slot, memory: mmap.mmap, before: Future[int] | None) -> Record:
         try:
             if before is not None:
                 before.result()
@@ -243,6 +275,7 @@ class BucketFile:
             SpillError: this or an earlier write failed.
             TrainingError: a tensor that has no plain bytes.
         """
+        self.open()
         if self._unsure:
             self._settle()
         if loaded is not None and loaded.holds(tensors):
@@ -285,12 +318,22 @@ class BucketFile:
         self._end += self._generations * capacity
         return self._homes[record]
 
-    def _store(self, slot: Slot, record: Record) -> None:
+    def _place_all(self) -> None:
+        for record, capacity in self._capacities.items():
+            if record not in self._homes:
+                self._place(record, capacity)
+
+    def _store(self, slot: Slot, record: Record) -> int:
         try:
-            if slot.layout.nbytes:
-                self._file.write(memoryview(record.memory)[: slot.layout.nbytes], slot.at)
+            return self._put(memoryview(record.memory)[: slot.layout.nbytes], slot)
         finally:
             self.release(record)
+
+    def _put(self, memory: memoryview, slot: Slot) -> int:
+        """Write to a slot; the checksum of what was written."""
+        if memory:
+            self._file.write(memory, slot.at)
+        return 0 if self._temporary else zlib.crc32(memory)
 
     def drain_writes(self) -> None:
         """Wait until what was given to ``write`` is written.
@@ -299,7 +342,9 @@ class BucketFile:
             SpillError: it could not be.
         """
         for record in list(self._writing):
-            self._writing.pop(record).result()
+            crc = self._writing.pop(record).result()
+            if record in self._pending:
+                self._pending[record] = replace(self._pending[record], crc=crc)
 
     def commit(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
         """Make everything written so far the generation that counts.
@@ -311,10 +356,11 @@ class BucketFile:
         Raises:
             SpillError: the storage failed; the last commit still counts.
         """
+        self.open()
         if self._unsure:
             self._settle()
         self.drain_writes()
-        new = Commit(step, dict(extra or {}), {**self._commits[0].slots, **self._pending})
+        new = Commit(step, dict(extra or {}), {**self._commits[0].slots, **self._pending}, self.run)
         if not self._temporary:
             self._file.sync()
             # An exception between the rename and our own book-keeping leaves us unsure which of the two counts.
@@ -358,6 +404,7 @@ class BucketFile:
         Args:
             remove: delete the files too. Files without any commit are deleted in any case.
         """
+        self.closed = True
         with suppress(NarrowboatError):
             self.drain_writes()
         self.drop_reads()
@@ -370,6 +417,12 @@ class BucketFile:
                     path.unlink(missing_ok=True)
         self._file.close()
         self._buffers.forget()
+
+    def withdraw(self) -> None:
+        """Delete the files, and be as before :meth:`open`: the run that they were made for was refused."""
+        self.close(remove=True)
+        self.closed = False
+        self._commits, self._pending = [Commit(0, {}, {})], {}
 
     def drop_reads(self) -> None:
         """Forget what was read ahead and not asked for."""
@@ -387,22 +440,31 @@ class BucketFile:
 
     # -- the header ---------------------------------------------------------------------------------------------
 
-    def _open_kept(self, resume: bool) -> None:
+    def _refuse_kept(self) -> None:
+        if not self._temporary and self._header.exists():
+            step = read_header(self._header, self._key)[0].step
+            raise UsageError(
+                f"{self._header} holds records of step {step} already; go on from them (resume=True), "
+                "name another folder, or delete them"
+            )
+
+    def _open_kept(self) -> None:
+        if not self._resume:
+            self._refuse_kept()
         if not self._header.exists():
             return  # records without a header were never committed: nobody's
         self._commits = read_header(self._header, self._key)
-        if not resume:
-            raise UsageError(
-                f"{self._header} holds records of step {self.step} already; go on from them (resume=True), "
-                "name another folder, or delete them"
-            )
         for commit in reversed(self._commits):
             for record, slot in commit.slots.items():
                 self._homes[record] = slot.offset, slot.capacity
-                self._end = max(self._end, slot.offset + self._generations * slot.capacity)
-        there = os.fstat(self._file.fd).st_size
-        if there < self._end:
-            raise SpillError(f"{self._data} was cut short: {there} bytes instead of {self._end}; the records are lost")
+        self._end = end_of(self._commits, self._generations)
+        check_length(self._file, self._data, self._end)
+
+    def _choose_kept(self) -> None:
+        if self._generation is None:
+            check_records(self._file, self._data, self._commits[0])
+        else:
+            self.roll_back(self._generation)
 
     def _settle(self) -> None:
         newest = read_header(self._header, self._key) if self._header.exists() else [Commit(0, {}, {})]

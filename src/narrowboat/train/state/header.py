@@ -15,7 +15,8 @@ from narrowboat.errors import SpillError, StorageError, TrainingError, UsageErro
 from narrowboat.train.state.layout import Layout
 from narrowboat.train.state.storage_file import spill_error
 
-_FORMAT = "narrowboat buckets 1"
+_FORMAT = "narrowboat buckets 2"
+REMEDY = "put its folder back from one copy, or delete what is there and start anew (without resume=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Slot:
         offset: where the record's space begins in the file.
         capacity: bytes of one slot.
         number: which slot.
+        crc: CRC-32 of the record's bytes; 0 until they are written, and in files without a name.
     """
 
     layout: Layout
     offset: int
     capacity: int
     number: int
+    crc: int = 0
 
     @property
     def at(self) -> int:
@@ -48,11 +51,13 @@ class Commit:
         step: its number.
         extra: what belongs to it beside the records.
         slots: for every record, the slot that counts.
+        run: of whom it is: files whose commits belong together have the same here, and no others have.
     """
 
     step: int
     extra: dict[str, Any]
     slots: dict[str, Slot]
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +78,10 @@ def write_header(path: Path, key: Key, commits: Sequence[Commit]) -> None:
     told = []
     for commit in commits:
         slots = {
-            record: [places.setdefault((slot.layout, slot.offset, slot.capacity), len(places)), slot.number]
+            record: [places.setdefault((slot.layout, slot.offset, slot.capacity), len(places)), slot.number, slot.crc]
             for record, slot in commit.slots.items()
         }
-        told.append({"step": commit.step, "extra": commit.extra, "slots": slots})
+        told.append({"step": commit.step, "run": commit.run, "extra": commit.extra, "slots": slots})
     content = {
         "format": _FORMAT,
         "fingerprint": key.fingerprint,
@@ -92,17 +97,24 @@ def write_header(path: Path, key: Key, commits: Sequence[Commit]) -> None:
         raise SpillError(f"the step could not be committed: {error}") from error
 
 
-def read_header(path: Path, key: Key) -> list[Commit]:
+def read_header(path: Path, key: Key | None = None) -> list[Commit]:
     """The commits that can be reached, newest first.
+
+    Args:
+        path: of the header.
+        key: whose it has to be; None for whoever's it is.
 
     Raises:
         SpillError: the header cannot be read, is damaged, or of another version.
         TrainingError: the records are somebody else's.
     """
     content = _content(path)
-    if content.get("format") != _FORMAT or content["generations"] != key.generations:
-        raise SpillError(f"{path} was written by another version of narrowboat, or for another use")
-    if content["fingerprint"] != key.fingerprint:
+    if content.get("format") != _FORMAT or (key is not None and content["generations"] != key.generations):
+        raise SpillError(
+            f"{path} was written by another version of narrowboat, or for another use; name another folder, or "
+            "delete what is there"
+        )
+    if key is not None and content["fingerprint"] != key.fingerprint:
         raise TrainingError(
             f"{path} holds records of another optimizer or of other parameters; "
             "name another folder, or build what it was made for"
@@ -113,10 +125,10 @@ def read_header(path: Path, key: Key) -> list[Commit]:
     commits = []
     for told in content["commits"]:
         slots = {}
-        for record, (place, number) in told["slots"].items():
+        for record, (place, number, crc) in told["slots"].items():
             layout, offset, capacity = places[place]
-            slots[record] = Slot(layout, offset, capacity, number)
-        commits.append(Commit(told["step"], told["extra"], slots))
+            slots[record] = Slot(layout, offset, capacity, number, crc)
+        commits.append(Commit(told["step"], told["extra"], slots, told["run"]))
     return commits
 
 
@@ -135,5 +147,5 @@ def _content(path: Path) -> dict[str, Any]:
         raise spill_error(error, f"reading {path}") from error
     crc, _, body = raw.partition(b"\n")
     if crc != b"%08x" % zlib.crc32(body):
-        raise SpillError(f"{path} is damaged; the records beside it cannot be used: delete both")
+        raise SpillError(f"{path} is damaged, so the records beside it cannot be used: {REMEDY}")
     return dict(json.loads(body))

@@ -12,6 +12,7 @@ import itertools
 import json
 import types
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,6 +64,10 @@ class StoredOptimizer(BucketedOptimizer):
         bucket_bytes: see :class:`~narrowboat.train.state.bucketed.BucketedOptimizer`.
         temporary: the file has no name and goes with this process, and nothing is synced; half the space and wear.
         resume: go on from the last whole step in ``folder``, if there is one, with the buckets it was made with.
+        generation: number of the commit to go on from, which the caller has checked; see ``BucketFile``.
+        run: of whom the commits are; see ``BucketFile``.
+        beside: called before a state that was moved or loaded in is committed: commits what belongs with it and
+            gives the number of that commit.
 
     Attributes:
         file: the state at rest; ``file.bytes_written`` is the wear.
@@ -82,6 +87,9 @@ class StoredOptimizer(BucketedOptimizer):
         bucket_bytes: int,
         temporary: bool = False,
         resume: bool = False,
+        generation: int | None = None,
+        run: str = "",
+        beside: Callable[[], int] | None = None,
     ) -> None:
         if isinstance(optimizer.state, _StateElsewhere):
             raise TrainingError("the optimizer's state is on storage already; release() it first")
@@ -94,12 +102,15 @@ class StoredOptimizer(BucketedOptimizer):
         }
         self._broken = ""
         self._closed = False
+        self._beside = beside
         self.file = BucketFile(
             folder,
             "optimizer",
             sizes,
             fingerprint=self._fingerprint(),
             resume=resume,
+            generation=generation,
+            run=run,
             temporary=temporary,
             generations=1 if temporary else 2,
             memory=3 * max((size for size in sizes.values() if size <= 2 * bucket_bytes), default=bucket_bytes),
@@ -145,7 +156,7 @@ class StoredOptimizer(BucketedOptimizer):
         if self._closed:
             raise TrainingError("the state on storage was closed or released")
         if self._broken:
-            raise TrainingError(f"an earlier step failed in the middle ({self._broken}): load a saved state first")
+            raise self._is_broken()
         if not isinstance(self.optimizer.state, _StateElsewhere):
             self.optimizer.state = _StateElsewhere(dict)  # a hook of another's stopped a state_dict() half-way
         super().begin()
@@ -165,7 +176,7 @@ class StoredOptimizer(BucketedOptimizer):
             if tensors or loaded is not None:
                 self.file.write(record, tensors, loaded)
         except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
+            self.fail(error)
             raise
         finally:
             optimizer.state = elsewhere
@@ -193,11 +204,17 @@ class StoredOptimizer(BucketedOptimizer):
             step: its number, where other files are committed with it; one more than the last by default.
         """
         try:
+            if step is None:
+                step = self._beside() if self._beside is not None else self.file.step + 1
             extra = {"values": self._values, "buckets": [len(bucket) for bucket in self.buckets]}
-            self.file.commit(self.file.step + 1 if step is None else step, extra)
+            self.file.commit(step, extra)
         except BaseException as error:
-            self._broken = f"{type(error).__name__}: {error}"
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """Something else failed in the middle of a step: nobody goes on before a state was loaded, or made anew."""
+        self._broken = f"{type(error).__name__}: {error}"
 
     def give_up(self) -> None:
         """The step that has begun is not made; errors as the base, after which a state has to be loaded."""
@@ -207,6 +224,12 @@ class StoredOptimizer(BucketedOptimizer):
         except TrainingError as error:
             self._broken = str(error)
             raise
+
+    def _is_broken(self) -> TrainingError:
+        return TrainingError(
+            f"an earlier step failed in the middle ({self._broken}): load a saved state first, or close this one and "
+            "go on in a new one from the last whole step (resume=True)"
+        )
 
     def _state_of(self, index: int, tensors: dict[str, torch.Tensor]) -> defaultdict[torch.Tensor, Any]:
         state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
@@ -271,7 +294,7 @@ class StoredOptimizer(BucketedOptimizer):
         if self._stepping:
             raise TrainingError("the optimizer is in the middle of a step; take its state_dict() between steps")
         if self._broken:
-            raise TrainingError(f"an earlier step failed in the middle ({self._broken}): load a saved state first")
+            raise self._is_broken()
         optimizer.state = self._bring_all()
 
     def _after_state_dict(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -305,31 +328,29 @@ class StoredOptimizer(BucketedOptimizer):
             if self._replaced is not None:
                 self.optimizer.step = self._replaced  # type: ignore[method-assign]
 
-    def roll_back(self, step: int) -> None:
-        """Go back to an earlier commit when resuming; see :meth:`BucketFile.roll_back`."""
-        self.file.roll_back(step)
-        self._values = dict(self.file.extra.get("values", {}))
-
-    def release(self) -> None:
+    def release(self, *, remove: bool = False) -> None:
         """Bring the state back into memory, where it stays, and close the file; a temporary one is gone.
+
+        Args:
+            remove: delete the files.
 
         Raises:
             SpillError: the storage failed; the state stays where it is.
             TrainingError: in the middle of a step.
         """
         self._before_state_dict(self.optimizer)
-        self._close()
+        self._close(remove=remove)
 
     def close(self) -> None:
         """Close the file. Temporary state is gone; other state stays in the folder, of the last whole step."""
         if not self._closed:
             self._close()
 
-    def _close(self) -> None:
+    def _close(self, *, remove: bool = False) -> None:
         self._closed = True
         self._unhook()
         with suppress(NarrowboatError):
-            self.file.close()
+            self.file.close(remove=remove)
 
     def _fingerprint(self) -> str:
         rows: list[Any] = [f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"]

@@ -41,28 +41,37 @@ def spill_error(error: OSError, doing: str) -> SpillError:
 
 
 class StorageFile:
-    """An open file with reserved space, safe for use by several threads.
+    """A file with reserved space, safe for use by several threads; it is made, or opened, by :meth:`open`.
 
     Args:
         path: of the file; for a temporary one, its folder.
         temporary: without a name from the start, so that whatever kills the process nothing is left behind.
 
     Attributes:
+        fd: its descriptor; -1 while it is not open.
         size: bytes reserved.
         direct: the page cache is bypassed; otherwise it is dropped behind every read and write.
         bytes_read, bytes_written: over all time.
-
-    Raises:
-        SpillError: the file cannot be made, or another process has it.
     """
 
     def __init__(self, path: Path, *, temporary: bool) -> None:
+        self._path, self._temporary = path, temporary
         self._where = str(path)
+        self.fd = -1
         self.size = 0
         self.direct = False
         self.bytes_read = 0
         self.bytes_written = 0
         self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Open the file, which is made if it is not there, and keep others out of it.
+
+        Raises:
+            SpillError: the file cannot be made, or another process has it.
+        """
+        path, temporary = self._path, self._temporary
+        self.size, self.direct = 0, False
         try:
             self.fd = _nameless(path) if temporary else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -74,7 +83,10 @@ class StorageFile:
                 if error.errno == errno.EWOULDBLOCK:
                     os.close(self.fd)
                     self.fd = -1
-                    raise SpillError(f"{path} is in use by another process; wait for it to end") from error
+                    raise SpillError(
+                        f"{path} is in use by another process, or by a step of this one that was not closed; wait for "
+                        "its end, or close() it"
+                    ) from error
                 # A file system without locks: two runs in one folder are then the user's to avoid.
 
     def reserve(self, size: int) -> None:

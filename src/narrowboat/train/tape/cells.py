@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from narrowboat.errors import ReplayError
 from narrowboat.train.tape.compact import Compacted, compact
 from narrowboat.train.tape.encoded import Ref
+from narrowboat.train.tape.frames import NOTHING, Takes
 
 if TYPE_CHECKING:
     from narrowboat.train.tape.run import TapeRun
@@ -39,10 +41,11 @@ class Pool(Protocol):
 class Place:
     """One storage on disk, shared by the cells of several units; let go with the last of them."""
 
-    __slots__ = ("__weakref__", "pool", "ticket")
+    __slots__ = ("__weakref__", "nbytes", "pool", "ticket")
 
     def __init__(self, pool: Pool, storage: torch.UntypedStorage) -> None:
         self.pool = pool
+        self.nbytes = storage.nbytes()
         self.ticket = pool.write(storage)
 
     def __del__(self) -> None:
@@ -91,6 +94,15 @@ class Cell:
         """Whether it can be had without a replay."""
         return self.storage is not None or self._packed is not None or self.place is not None
 
+    @property
+    def unpacked_bytes(self) -> int:
+        """What ``get`` will take to have it as it was."""
+        if self.storage is not None:
+            return 0
+        if self._packed is not None:
+            return math.prod(self._packed.shape) * self._packed.dtype.itemsize
+        return self.place.nbytes if self.place is not None else 0
+
     def get(self) -> torch.UntypedStorage:
         """Its bytes. Raises ReplayError if a replay is needed first."""
         if self.storage is None:
@@ -109,11 +121,16 @@ class Cell:
 
 
 class Kept:
-    """A saved tensor that stays as it is; checked for writes as autograd would."""
+    """A saved tensor that stays as it is; checked for writes as autograd would.
 
-    __slots__ = ("tensor", "version")
+    Attributes:
+        takes: what the backward pass takes next when it has asked for it.
+    """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    __slots__ = ("takes", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor, takes: Takes = NOTHING) -> None:
+        self.takes = takes
         # Without its history: a result that held its own node would never be freed.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
@@ -147,11 +164,18 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class Held:
-    """A saved tensor as a view of a cell."""
+    """A saved tensor as a view of a cell.
 
-    __slots__ = ("bits", "cell", "ref", "run", "version", "witness")
+    Attributes:
+        takes: what the backward pass takes next when it has asked for it.
+    """
 
-    def __init__(self, cell: Cell, ref: Ref, run: TapeRun, saved: torch.Tensor, *, check: bool = False) -> None:
+    __slots__ = ("bits", "cell", "ref", "run", "takes", "version", "witness")
+
+    def __init__(
+        self, cell: Cell, ref: Ref, run: TapeRun, saved: torch.Tensor, takes: Takes = NOTHING, *, check: bool = False
+    ) -> None:
+        self.takes = takes
         self.cell = cell
         self.ref = ref
         self.run = run

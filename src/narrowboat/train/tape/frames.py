@@ -8,12 +8,13 @@ the schedule keeps at that level, and opens inner frames for the rest. Pure, no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from narrowboat.plan.recompute import Kept, Segment
 from narrowboat.train.tape.slices import Program, home, last_reads, program
-from narrowboat.train.tape.structure import Signature, Tape
+from narrowboat.train.tape.structure import Signature, Tape, TapeOp
 
 
 class Treatment(Enum):
@@ -73,6 +74,21 @@ class Frame:
     spilled: bool = False
 
 
+class Takes(NamedTuple):
+    """Bytes that a kernel is about to take.
+
+    Attributes:
+        highest: the most at once.
+        turnover: in all, what it gives back meanwhile included.
+    """
+
+    highest: int
+    turnover: int
+
+
+NOTHING = Takes(0, 0)
+
+
 @dataclass(slots=True)
 class StepPlan:
     """What the tape does with every saved storage of one pass.
@@ -84,8 +100,9 @@ class StepPlan:
         frame_of_unit: for each unit the frame of the first level that it belongs to; -1 for none.
         captures: for each storage the frames of the first level that hold it.
         encode: operators that some replay runs.
-        units: number of units.
-        window: operators at which units begin, and the end.
+        cuts: operators at which units begin, and the end.
+        takes: for each operator, what it takes as it runs.
+        needs: for each saving, what the backward pass takes from when it asks for it until it asks for the next.
     """
 
     signature: tuple[Signature, ...]
@@ -95,6 +112,8 @@ class StepPlan:
     captures: dict[int, tuple[int, ...]]
     encode: frozenset[int]
     cuts: tuple[int, ...]
+    takes: tuple[Takes, ...] = ()
+    needs: dict[tuple[int, int], Takes] = field(default_factory=dict)
 
     @property
     def replayed_seconds(self) -> float:
@@ -160,7 +179,28 @@ def compile_plan(
         captures={number: tuple(frames) for number, frames in captures.items()},
         encode=frozenset(op for frame in maker.frames for op in frame.program.ops),
         cuts=tuple(cuts),
+        takes=tuple(_takes(tape, op) for op in tape.ops),
+        needs=_needs(tape),
     )
+
+
+def _takes(tape: Tape, op: TapeOp) -> Takes:
+    highest = sum(tape.storages[number].nbytes for number in op.created) + op.scratch
+    return Takes(highest, max(highest, op.turnover))
+
+
+def _needs(tape: Tape) -> dict[tuple[int, int], Takes]:
+    needs: dict[tuple[int, int], Takes] = {}
+    key, before, live, turnover = (-1, -1), 0, 0, 0
+    for event in tape.backward:
+        now = event.live + event.gradients
+        if event.kind == "need":
+            key, before, turnover = (event.storage, event.saved_at), live, 0
+        turnover += max(now - live, event.turnover)
+        known = needs.get(key, NOTHING)
+        needs[key] = Takes(max(known.highest, now + event.scratch - before), max(known.turnover, turnover))
+        live = now
+    return needs
 
 
 def _treatment(option: UnitOption | None, number: int) -> Treatment:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from narrowboat.errors import ReplayError
 from narrowboat.train.tape.cells import Cell, Held, Kept, Place, Pool
 from narrowboat.train.tape.encoded import EncodedOp, Outside, encode, ref_to
 from narrowboat.train.tape.facts import OpFacts, facts_of
-from narrowboat.train.tape.frames import Frame, StepPlan, Treatment
+from narrowboat.train.tape.frames import NOTHING, Frame, StepPlan, Takes, Treatment
 from narrowboat.train.tape.leaves import plain, tensors_in, written_tensors
 from narrowboat.train.tape.storages import StorageNumbers
 from narrowboat.train.tape.structure import Signature
@@ -85,6 +85,7 @@ class TapeRun(TorchDispatchMode):
     Args:
         plan: what to do with each saved storage.
         pool: where spilled storages go; None if the plan spills nothing.
+        before: told what is about to be taken, before each operator and each saved tensor.
         check: note what everything was, and compare what replays bring back with that, bit by bit.
 
     Attributes:
@@ -94,8 +95,16 @@ class TapeRun(TorchDispatchMode):
         wrong: numbers of storages that a replay brought back with other bits (with ``check``).
     """
 
-    def __init__(self, plan: StepPlan, pool: Pool | None = None, *, check: bool = False) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        pool: Pool | None = None,
+        *,
+        before: Callable[[Takes], None] | None = None,
+        check: bool = False,
+    ) -> None:
         super().__init__()
+        self._before = before
         self._plan = plan
         self._pool = pool
         self._check = check
@@ -147,6 +156,8 @@ class TapeRun(TorchDispatchMode):
         read = encoded.read if encoded is not None else None
         if facts.writes_named:
             read = self._before_writes(facts, args, kwargs)
+        if self._before is not None and at < len(self._plan.takes):
+            self._before(self._plan.takes[at])
         out = func(*args, **kwargs)
         results = (out,) if isinstance(out, torch.Tensor) else tuple(tensors_in(out))
         created = self._created(results, args, kwargs)
@@ -236,8 +247,9 @@ class TapeRun(TorchDispatchMode):
         treatment, unit = Treatment.KEEP, -1
         if self.departed is None:
             treatment, unit = self._plan.treatments.get((number, self._at), (Treatment.KEEP, -1))
+        takes = self._plan.needs.get((number, self._at), NOTHING)
         if treatment is Treatment.KEEP:
-            return Kept(tensor)
+            return Kept(tensor, takes)
         cell = self._cells.get((number, unit))
         if cell is None:
             cell = Cell(number, unit, tensor.dtype)
@@ -253,7 +265,7 @@ class TapeRun(TorchDispatchMode):
                 self._spilled.append(weakref.ref(cell))
             self._cells[(number, unit)] = cell
         with self._own_operators():
-            return Held(cell, ref_to(tensor, number), self, tensor, check=self._check)
+            return Held(cell, ref_to(tensor, number), self, tensor, takes, check=self._check)
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -263,7 +275,13 @@ class TapeRun(TorchDispatchMode):
                 "activations, which a plan does not keep: take such terms out of the budgeted step"
             )
         if isinstance(packed, (Kept, Held)):
-            return packed.unpack()
+            if self._before is not None and isinstance(packed, Held):
+                restored = packed.cell.unpacked_bytes
+                self._before(Takes(restored, restored))
+            tensor = packed.unpack()
+            if self._before is not None:
+                self._before(packed.takes)
+            return tensor
         return packed
 
     # -- having it back ------------------------------------------------------------------------------------------
@@ -304,6 +322,8 @@ class TapeRun(TorchDispatchMode):
                 op = self._ops.get(index)
                 if op is None:
                     break  # the pass left its plan before it came here
+                if self._before is not None:
+                    self._before(self._plan.takes[index])
                 for number, storage in op.run(there.__getitem__):
                     # What was held may have been changed since it was made; this is how it was before.
                     if number not in plan.program.inputs:

@@ -117,7 +117,7 @@ def _with_lives(tape: Tape, ops: tuple[int, ...], inputs: frozenset[int], stay: 
     live = peak = 0
     for place, index in enumerate(ops):
         live += sum(tape.storages[n].nbytes for n in tape.ops[index].created)
-        peak = max(peak, live)
+        peak = max(peak, live + tape.ops[index].scratch)
         live -= sum(tape.storages[n].nbytes for n in frees[place])
     return Program(
         ops=ops,

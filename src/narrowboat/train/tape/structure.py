@@ -6,6 +6,7 @@ Nothing here touches torch: a ``Tape`` is made by ``train.measure`` and read by 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from narrowboat.train.tape.facts import Kind
 
@@ -31,6 +32,9 @@ class TapeOp:
         outside: for each of its tensors from outside (weights, buffers, inputs), in order: the storage's number.
         outside_changed: numbers of those that it writes to.
         seconds: measured duration; 0 where it was not measured.
+        scratch: bytes that its kernel takes while it runs, beyond what it makes; 0 where that was not measured.
+        turnover: all bytes that its kernel takes and gives back while it runs, ``scratch`` and what it makes included.
+        call: how to call it alone, to measure that (``measure.kernels``); None where nobody needs to.
     """
 
     index: int
@@ -44,6 +48,9 @@ class TapeOp:
     outside: tuple[int, ...]
     outside_changed: tuple[int, ...]
     seconds: float = 0.0
+    scratch: int = 0
+    turnover: int = 0
+    call: Any = None
 
 
 @dataclass(slots=True)
@@ -81,6 +88,9 @@ class BackwardEvent:
         live: bytes of gradients (those of parameters apart) and temporaries after the event.
         seconds: since the backward pass began.
         gradients: bytes of parameters' gradients that are there after the event.
+        scratch: bytes above ``live`` that the kernel which makes this storage takes while it runs.
+        turnover: as of an operator.
+        call: as of an operator, with the first storage that it makes.
     """
 
     kind: str
@@ -89,6 +99,9 @@ class BackwardEvent:
     live: int
     seconds: float = 0.0
     gradients: int = 0
+    scratch: int = 0
+    turnover: int = 0
+    call: Any = None
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class WeightRecords(BucketFile):
         Raises:
             SpillError: the storage failed.
         """
+        self.open()
         if self._unsure:
             self._settle()
         stride = torch.empty(entry.shape, device="meta").stride()
@@ -45,9 +47,7 @@ class WeightRecords(BucketFile):
         slot = self._next_slot(record, layout)
         # From here on the older commit cannot be reached any more: its slots are written over.
         del self._commits[1:]
-        if layout.nbytes:
-            self._file.write(memory, slot.at)
-        self._pending[record] = slot
+        self._pending[record] = replace(slot, crc=self._put(memory, slot))
 
     def as_file(self) -> WeightsFile:
         """What the reader reads the records through; open for as long as this is."""
@@ -75,7 +75,7 @@ class _RecordsFile(WeightsFile):
             self._records._file._fall_back(reason)
 
     def check_open_file(self) -> None:
-        if self.fd < 0:
+        if self._records.closed:
             raise WeightsChangedError(f"the trained weights in {self.path.parent} are closed")
 
     def check_path(self) -> None:

@@ -30,14 +30,15 @@ class StoredParameters:
     optimizer makes counts from ``commit`` on: a kill leaves the last whole step.
 
     Args:
-        folder: ``weights.records`` and ``weights.json`` are in it, unless temporary.
+        folder: ``weights.records`` and ``weights.json`` are in it, unless temporary; made when they are first needed.
         weights: in the model's order.
         file_number: the reader's number of the records.
         resume: go on from the last commit, if there is one.
+        generation: number of the commit to go on from, which the caller has checked; see ``BucketFile``.
         temporary: the records have no name and go with this process.
 
     Attributes:
-        records: the weights at rest; ``records.bytes_written`` is the wear.
+        records: the weights at rest; ``records.bytes_written`` is the wear, ``records.open()`` makes the files.
         window: where they are while they are used.
 
     Raises:
@@ -47,7 +48,14 @@ class StoredParameters:
     window: Window
 
     def __init__(
-        self, folder: str | Path, weights: Sequence[Weight], file_number: int, *, resume: bool, temporary: bool
+        self,
+        folder: str | Path,
+        weights: Sequence[Weight],
+        file_number: int,
+        *,
+        resume: bool,
+        generation: int | None = None,
+        temporary: bool,
     ) -> None:
         self._weights = list(weights)
         self._known = set(self._weights)
@@ -65,9 +73,16 @@ class StoredParameters:
             sizes,
             fingerprint=repr(told),
             resume=resume,
+            generation=generation,
             temporary=temporary,
             generations=1 if temporary else 2,
+            deferred=True,
         )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the last commit holds, all runs together."""
+        return int(self.records.extra.get("steps", self.records.step))
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -64,6 +64,7 @@ class TrainingWeights:
         *,
         store: str | Path | None = None,
         resume: bool = False,
+        generation: int | None = None,
         temporary: bool = False,
         io: str = "auto",
     ) -> TrainingWeights:
@@ -84,6 +85,7 @@ class TrainingWeights:
             budget: bytes for the window and the reader's staging buffers: an int, or such as ``"300MiB"``.
             store: a folder for trained weights.
             resume: go on from the last whole step in ``store``, if there is one.
+            generation: number of the commit to go on from, which the caller has checked; the last one by default.
             temporary: what is in ``store`` has no name and goes with this process.
             io: ``"auto"``, or ``"buffered"`` to read through the page cache.
 
@@ -117,7 +119,9 @@ class TrainingWeights:
             numbers = {str(file.path): number for number, file in enumerate(files)}
             trained = [weight for weight, _ in weights[len(found.frozen) :]]
             if trained and store is not None:
-                stored = StoredParameters(store, trained, len(files), resume=resume, temporary=temporary)
+                stored = StoredParameters(
+                    store, trained, len(files), resume=resume, generation=generation, temporary=temporary
+                )
                 files.append(stored.records.as_file())
 
             def extents_of(weight: Weight, target: int) -> list[Extent]:
@@ -187,6 +191,11 @@ class TrainingWeights:
     def total_bytes(self) -> int:
         """Bytes of all weights on storage, in whole pages: a window of that size never reads twice."""
         return sum(page_up(weight.entry.nbytes) for weight in self._weights)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that the trained weights on storage hold, all runs together; 0 where there are none."""
+        return self.stored.steps if self.stored is not None else 0
 
     @property
     def resident_bytes(self) -> int:

@@ -55,16 +55,18 @@ class BudgetInForce:
         """Less from now on; it may grow back."""
         self.now = min(self.now, value)
 
-    def follow(self, held: int) -> str:
+    def follow(self, held: int, addresses: int) -> str:
         """Look at the machine; what changed in words, or "".
 
         Args:
             held: bytes that training holds now.
+            addresses: bytes of private address space that it holds, touched or not; what limits of those count.
         """
         if not self._adapt or time.monotonic() - self._looked < _LOOK_EVERY:
             return ""
         self._looked = time.monotonic()
-        spare = memory_limits().available + held
+        rooms = memory_limits().headrooms().items()
+        spare = min(room + (max(addresses, held) if name.startswith("RLIMIT") else held) for name, room in rooms)
         wanted = self._hysteresis.wanted(self.now, spare, memory_pressure())
         if wanted is None:
             return ""

@@ -32,7 +32,7 @@ class Footprint:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, weights: TrainingWeights | None) -> None:
         self._model, self._optimizer, self._weights = model, optimizer, weights
         self._base: int | None = None
-        self._settled = 0
+        self._settled = self._data = 0
 
     def begin(self, inputs: Any, targets: Any) -> None:
         """Before anything is measured with such a batch: take the baseline, if there is none yet."""
@@ -43,6 +43,7 @@ class Footprint:
         if self._weights is not None:
             held += self._weights.resident_bytes
         self._base = max(0, _settled() - held)
+        self._data = process_memory().data - held
 
     @property
     def base(self) -> int:
@@ -57,6 +58,10 @@ class Footprint:
     def held(self) -> int:
         """Bytes that training holds now."""
         return max(0, private_bytes() - self.base)
+
+    def addresses(self) -> int:
+        """Bytes of private address space that it holds now, touched or not."""
+        return max(0, process_memory().data - self._data)
 
     def peak(self) -> int:
         """The most that it held since the mark was reset."""

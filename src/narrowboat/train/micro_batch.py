@@ -23,13 +23,9 @@ def mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
     A mapping that is no dict (a tokenizer's output, say) becomes one.
     """
-    if isinstance(tree, torch.nn.utils.rnn.PackedSequence):
-        raise TrainingError(
-            "a PackedSequence interleaves its samples and cannot be cut: pad it, or do not split the batch"
-        )
     if isinstance(tree, Tensor):
         return change(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+    if isinstance(tree, tuple) and _is_named(tree):
         return type(tree)(*(mapped(change, item) for item in tree))
     if isinstance(tree, (tuple, list)):
         return type(tree)(mapped(change, item) for item in tree)
@@ -39,12 +35,40 @@ def mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
+class WholeArgs(tuple[Any, ...]):
+    """Positional arguments of a batch that counts as one sample, as it cannot be cut."""
+
+
+class WholeKwargs(dict[str, Any]):
+    """Keyword arguments of such a batch."""
+
+
+def whole(inputs: Any) -> WholeArgs | WholeKwargs:
+    """The inputs, marked as a batch that is not cut."""
+    if isinstance(inputs, Mapping):
+        return WholeKwargs(inputs)
+    return WholeArgs(inputs if isinstance(inputs, tuple) and not _is_named(inputs) else (inputs,))
+
+
+def is_whole(inputs: Any) -> bool:
+    """Whether such a batch is not cut."""
+    return isinstance(inputs, (WholeArgs, WholeKwargs))
+
+
+def _is_named(tree: Any) -> bool:
+    return hasattr(tree, "_fields")
+
+
 def batch_size(inputs: Any, targets: Any = None) -> int:
     """Samples in a batch: size of dimension 0 of the first target that has one, else of the first input.
 
     Raises:
         TrainingError: there is no tensor to tell it, or no input has as many rows as the targets.
     """
+    if is_whole(inputs):
+        return 1
+    if isinstance(inputs, torch.nn.utils.rnn.PackedSequence):
+        raise TrainingError("a PackedSequence interleaves its samples and cannot be cut")
     given, wanted = ([t.shape[0] for t in tensors_in(tree) if t.dim()] for tree in (inputs, targets))
     if not given and not wanted:
         raise TrainingError("the batch holds no tensor with a dimension of samples")

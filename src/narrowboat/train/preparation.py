@@ -28,7 +28,7 @@ from narrowboat.train.loss_trace import plan_loss
 from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.measure.study import Study, study, timing_sizes
-from narrowboat.train.micro_batch import batch_size, samples_in
+from narrowboat.train.micro_batch import batch_size, is_whole, samples_in, whole
 from narrowboat.train.options import check_parts
 from narrowboat.train.passes import Backward, Passes
 from narrowboat.train.plan import Planner, Premises, TrainPlan
@@ -40,6 +40,7 @@ from narrowboat.train.split_check import check_splits
 from narrowboat.train.static import StaticBytes, static_bytes
 from narrowboat.train.switches import Switches
 from narrowboat.train.tiers import tiers
+from narrowboat.train.uncut import can_be_cut
 from narrowboat.train.weights import TrainingWeights
 
 log = logging.getLogger("narrowboat")
@@ -87,9 +88,23 @@ class Preparation:
     footprint: Footprint | None = None
     whole: StaticBytes | None = None
     _left: int = 0
+    _uncut: dict[Hashable, bool] = field(default_factory=dict)
     _planners: dict[Hashable, Planner] = field(default_factory=dict)
     _passes: dict[Hashable, Passes] = field(default_factory=dict)
     _plans: dict[tuple[Hashable, int], TrainPlan] = field(default_factory=dict)
+
+    def divided(self, inputs: Any, targets: Any) -> Any:
+        """The inputs; marked, where a batch like this cannot be cut along dimension 0 (adjacency, sequence first)."""
+        try:
+            key = signature(self.inner, inputs, targets)
+        except TrainingError:  # samples of inputs and targets are counted in different dimensions
+            return whole(inputs)
+        if key not in self._planners and key not in self._uncut:
+            with self.frozen():
+                reached = Containers([self.loss_fn])
+                self._uncut[key] = not can_be_cut(self.inner, self.loss_fn, inputs, targets)
+                reached.restore()
+        return whole(inputs) if self._uncut.get(key) else inputs
 
     def plan(self, inputs: Any, targets: Any, budget: int) -> tuple[TrainPlan, Passes]:
         """The plan for such a batch in so many bytes, and what runs it.
@@ -138,6 +153,10 @@ class Preparation:
         return frozen_batch_norm(self.inner) if self.batch_norm == "frozen" else nullcontext()
 
     def _measure(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
+        if is_whole(inputs) and self.micro_batches not in (None, 1):
+            raise TrainingError(
+                f"micro_batches={self.micro_batches}: the batch cannot be cut along dimension 0; leave it out"
+            )
         check_parts(self.micro_batches, batch_size(inputs, targets))
         loss_plan = plan_loss(self.inner, self.loss_fn, inputs, targets, count=self.count)
         coupled = modules_with_batch_statistics(self.inner)
@@ -219,6 +238,8 @@ class Preparation:
             TrainingError: it must not, but a number of micro-batches was asked for.
         """
         samples, wanted = batch_size(inputs, targets), self.micro_batches
+        if is_whole(inputs):
+            return "the batch cannot be cut along dimension 0"
         if samples < 2:
             return "the batch has one sample"
         if wanted == 1 or not self.switches.accumulate:

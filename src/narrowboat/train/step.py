@@ -195,8 +195,9 @@ class TrainStep:
             TrainingError: the batch is empty, or model or loss fail on it.
         """
         self._check_open()
+        inputs = self._preparation.divided(inputs, targets)
         self._footprint.begin(inputs, targets)
-        self._budget.follow(self._footprint.held())
+        self._budget.follow(self._footprint.held(), self._footprint.addresses())
         self._last, _ = self._preparation.plan(inputs, targets, self._budget.now)
         return self._last
 
@@ -286,8 +287,10 @@ class TrainStep:
         self, inputs: Any, targets: Any, tier: str | None
     ) -> tuple[Outcome, StepRecord, Update | StoredUpdate]:
         self._check_open()
+        with self._ranks.together():
+            inputs = self._preparation.divided(inputs, targets)
         self._footprint.begin(inputs, targets)
-        change = self._budget.follow(self._footprint.held())
+        change = self._budget.follow(self._footprint.held(), self._footprint.addresses())
         if change:
             self._report.changes.append((self._report.count, change))
         repeated, budget = 0, self._budget.now

@@ -19,7 +19,7 @@ from narrowboat.machine.malloc import MallocPolicy, allocator_name, never_map, s
 
 STRETCH = 128 << 20  # bytes of addresses at the heap's end that are advised at once
 _HUGE = 2 << 20
-_MADV_HUGEPAGE = 14
+_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
 
 @lru_cache(maxsize=1)
@@ -66,6 +66,7 @@ def give_back() -> None:
 
 def map_apart() -> None:
     """Until ``open_whole_heap``: map each block of a MiB or more by itself, and unmap it when it is freed."""
+    _advise(_MADV_NOHUGEPAGE)  # or each hole that is closed to other requests would take a huge page for its header
     set_malloc_policy(MallocPolicy.BALANCED)
 
 
@@ -75,6 +76,13 @@ def _stretch() -> None:
     if not never_map():
         return
     libc.free(libc.malloc(STRETCH))  # freed, they stay: the trim threshold is the largest there is
-    start, end = _start(), libc.sbrk(0)
+    _advise(_MADV_HUGEPAGE)
+
+
+def _advise(advice: int) -> None:
+    """Of the whole heap. On a machine without huge pages it is refused, and all works as before."""
+    if allocator_name() != "glibc":
+        return
+    start, end = _start(), _libc().sbrk(0)
     if start and end > start:
-        libc.madvise(start, end - start, _MADV_HUGEPAGE)  # without huge pages it is refused, and all works as before
+        _libc().madvise(start, end - start, advice)

@@ -23,6 +23,7 @@ from narrowboat.train.tiers import Tier
 
 MARGIN_SHARE = 0.04  # of activations: what the operators' kernels take inside
 MARGIN_LEAST = 1 << 20
+_GENEROUS = (1.3, 1.2, 1.15, 1.1, 1.05, 1.0)  # times the room, largest first
 _KEPT_BY_HEAP = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
 
 
@@ -324,17 +325,21 @@ class Planner:
             room = self._room(budget, way)
             if room <= 0:
                 continue
-            table = self._solve(way, room)
+            table = self._solve(way, int(room * _GENEROUS[0]))
             room = self._share(way, room)
-            # The least one may fit by the count of storages where it does not by units.
-            for size in dict.fromkeys((max(room, table.minimum), table.minimum)):
+            # The chain rounds up, unit by unit: a schedule of more than the room may fit by the count of storages.
+            for size in dict.fromkeys(max(int(room * factor), table.minimum) for factor in (*_GENEROUS, 0.0)):
                 schedule = table.best(size)
                 seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
                 found.append((seconds, number, way, schedule))
-        for seconds, _, way, schedule in sorted(found, key=lambda each: each[:2]):
+        tried: set[tuple[int, Schedule]] = set()
+        for seconds, number, way, schedule in sorted(found, key=lambda each: each[:2]):
+            if (number, schedule) in tried:
+                continue
+            tried.add((number, schedule))
+            # Where the count by storages says more than the chain (small tensors that are never written out), it is
+            # the one to believe.
             plan = self._finished(budget, seconds, way, schedule)
-            # The chain counts by units; where the count by storages says more (small tensors that are never
-            # written out), it is the one to believe.
             if plan.predicted_peak <= budget:
                 return plan
         raise self._refusal(budget)

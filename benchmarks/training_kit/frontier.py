@@ -69,18 +69,23 @@ def sameness(record: dict[str, Any], plain: dict[str, Any]) -> str:
     return "rounding" if difference <= ROUNDING else "other"
 
 
-def points(records: Iterable[dict[str, Any]]) -> list[Point]:
-    """The records that were measured to the end."""
+def points(records: Iterable[dict[str, Any]], peak: str = "allocator_peak") -> list[Point]:
+    """The records that were measured to the end.
+
+    Args:
+        records: of one model.
+        peak: which meter: ``"allocator_peak"``, or ``"rss_peak"``, what the kernel counts and a machine runs out of.
+    """
     return [
         Point(
             record["subject"],
             record["label"],
-            record["allocator_peak"],
+            record[peak],
             record["rate"],
             record["sameness"] in ("bits", "rounding"),
         )
         for record in records
-        if record.get("rate") and record.get("allocator_peak")
+        if record.get("rate") and record.get(peak)
     ]
 
 

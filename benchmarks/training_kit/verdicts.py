@@ -63,13 +63,16 @@ def _state(model: dict[str, Any], ours: list[dict[str, Any]]) -> Iterator[Verdic
 
 
 def _static(model: dict[str, Any]) -> Iterator[Verdict]:
-    ours = points(record for record in model["records"] if record["subject"] in OURS)
-    static = points(record for record in model["records"] if record["subject"] in STATIC)
-    for comparison in against_static(ours, static) if ours else []:
-        beaten = comparison.static
-        numbers = "nothing of ours peaks as low" if comparison.ours is None else f"{comparison.ratio:.2f} of its rate"
-        what = f"not slower than {SUBJECTS[beaten.subject].label} ({beaten.label}) at its peak"
-        yield _verdict(model, comparison.passed, what, f"{numbers}, {format_bytes(beaten.peak)}")
+    for peak, words in (("allocator_peak", "allocator peak"), ("rss_peak", "resident peak")):
+        ours = points((record for record in model["records"] if record["subject"] in OURS), peak)
+        static = points((record for record in model["records"] if record["subject"] in STATIC), peak)
+        for comparison in against_static(ours, static) if ours else []:
+            beaten = comparison.static
+            numbers = (
+                "nothing of ours peaks as low" if comparison.ours is None else f"{comparison.ratio:.2f} of its rate"
+            )
+            what = f"not slower than {SUBJECTS[beaten.subject].label} ({beaten.label}) at its {words}"
+            yield _verdict(model, comparison.passed, what, f"{numbers}, {format_bytes(beaten.peak)}")
 
 
 def _half(model: dict[str, Any], ours: list[dict[str, Any]]) -> Iterator[Verdict]:

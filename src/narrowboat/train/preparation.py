@@ -191,7 +191,9 @@ class Preparation:
             gradients=copies * self.whole.gradients,
             batch=static_bytes(self.inner, None, inputs, targets).batch,
         )
-        room = min(budget, self._spare(static)) - static.weights - static.gradients - static.batch
+        held = static.weights + static.gradients + static.batch
+        spare = self._spare(static)
+        room = min(budget, spare) - held
         fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
         if fitting:
             made.time(self.inner, forward, inputs, targets, fitting)
@@ -207,7 +209,7 @@ class Preparation:
                     growing=self.model is self.inner,
                 )
             ),
-            splittable=self._why_not_split(loss_plan, coupled, inputs, targets, _Room(made, room)),
+            splittable=self._why_not_split(loss_plan, coupled, inputs, targets, _Room(made, room, spare - held)),
             techniques=self.switches.planner,
             rates=self.rates,
             in_flight=self.in_flight,
@@ -286,11 +288,14 @@ class _Room:
 
     Attributes:
         study: tells what a pass holds.
-        nbytes: beside weights, one set of gradients and the batch.
+        nbytes: of the budget, beside weights, one set of gradients and the batch.
+        spare: the same of what the machine has. Where the budget has no room for two samples as the plain step takes
+            them, it may still be enough for a batch in parts, if only that were known.
     """
 
     study: Study
     nbytes: int
+    spare: int
 
     def for_check(self) -> tuple[int, int]:
         """Samples for the check of splitting (none where not even two fit), and bytes for a float64 copy."""
@@ -300,5 +305,5 @@ class _Room:
             copies = (self.nbytes - 2 * held) // 2
             if samples <= self.study.batch and copies > 0:
                 return samples, min(copies, _COPY)
-        fits = self.study.batch >= 2 and self.study.tape(2).saved_bytes * 1.5 <= self.nbytes
+        fits = self.study.batch >= 2 and self.study.tape(2).saved_bytes * 1.5 <= max(self.nbytes, self.spare)
         return (2 if fits else 0), 0

@@ -180,6 +180,11 @@ class Planner:
         self._chains.clear()
         self._least = self._plain = None
 
+    def keep_whole(self, reason: str) -> None:
+        """Do not split such batches any more."""
+        self.premises = replace(self.premises, splittable=reason)
+        self._least = None
+
     def reserve(self, slack: int) -> None:
         """Keep so many more bytes free of tensors."""
         self.premises = replace(self.premises, slack=self.premises.slack + slack)
@@ -317,6 +322,9 @@ class Planner:
         Raises:
             BudgetError: none does; with the minimum, what sets it, and what would lower it.
         """
+        if self._study.allow(budget):
+            self._chains.clear()
+            self._least = self._plain = None
         plain = self._plain_within(budget)
         if plain is not None:
             return plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from narrowboat.errors import TrainingError
+from narrowboat.machine.malloc import trim
 from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes
 from narrowboat.train.batch_statistics import (
@@ -37,6 +39,7 @@ from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool
 from narrowboat.train.split_check import check_splits
+from narrowboat.train.split_watch import SplitWatch
 from narrowboat.train.static import StaticBytes, static_bytes
 from narrowboat.train.switches import Switches
 from narrowboat.train.tiers import tiers
@@ -67,6 +70,7 @@ class Preparation:
         step_in_backward: gradients are stepped as they come and are never all there.
         fusion: compiles blocks; None where that was not asked for.
         footprint: what the process holds; None where nobody asks.
+        changes: what was found since the last step and has to be told.
     """
 
     model: nn.Module
@@ -87,7 +91,10 @@ class Preparation:
     fusion: Fusion | None = None
     footprint: Footprint | None = None
     whole: StaticBytes | None = None
+    changes: list[str] = field(default_factory=list)
     _left: int = 0
+    _watches: dict[Hashable, SplitWatch] = field(default_factory=dict)
+    _rooms: dict[Hashable, _Room] = field(default_factory=dict)
     _uncut: dict[Hashable, bool] = field(default_factory=dict)
     _planners: dict[Hashable, Planner] = field(default_factory=dict)
     _passes: dict[Hashable, Passes] = field(default_factory=dict)
@@ -117,6 +124,8 @@ class Preparation:
         """
         key, samples = signature(self.inner, inputs, targets), samples_in(inputs, targets)
         measured = key in self._planners and samples <= self._planners[key].batch
+        if measured:
+            self._check_again(key, inputs, targets, budget)
         if not measured or (key, budget) not in self._plans:
             reached = Containers([self.loss_fn, self.count])  # what the model reaches, each pass puts back itself
             try:
@@ -137,6 +146,24 @@ class Preparation:
             log.info("plan for %s:\n%s", format_bytes(budget), self._plans[(key, budget)])
         plan = self._plans[(key, budget)]
         return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
+
+    def _check_again(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
+        """What the first batch allowed is looked at again from time to time, while such batches are split."""
+        plan, watch = self._plans.get((key, budget)), self._watches.get(key)
+        if plan is None or watch is None or plan.parts < 2 or not watch.due(inputs, targets):
+            return
+        reached = Containers([self.loss_fn, self.count])
+        try:
+            reason = self._why_not_split(self._passes[key].loss_plan, self._rooms[key], inputs, targets)
+        finally:
+            reached.restore()
+            trim(refill=False)
+        if reason:
+            self.changes.append(f"such batches are no longer split: {reason}")
+            log.warning("%s", self.changes[-1])
+            self._planners[key].keep_whole(reason)
+            self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
+            del self._watches[key]
 
     def planner(self, inputs: Any, targets: Any) -> Planner:
         """The planner of such batches, which were planned for before."""
@@ -183,6 +210,7 @@ class Preparation:
         if self.fusion is not None:
             self.fusion.prepare(forward, inputs, targets)
         made = study(self.inner, forward, inputs, targets)
+        made.confine(budget)
         self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
         # DistributedDataParallel has buckets of its own for gradients on their way, from the beginning.
         copies = 1 if self.model is self.inner else 2
@@ -194,6 +222,7 @@ class Preparation:
         held = static.weights + static.gradients + static.batch
         spare = self._spare(static)
         room = min(budget, spare) - held
+        self._rooms[key], self._watches[key] = _Room(made, room, spare - held), SplitWatch(inputs, targets)
         fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
         if fitting:
             made.time(self.inner, forward, inputs, targets, fitting)
@@ -209,7 +238,7 @@ class Preparation:
                     growing=self.model is self.inner,
                 )
             ),
-            splittable=self._why_not_split(loss_plan, coupled, inputs, targets, _Room(made, room, spare - held)),
+            splittable=self._why_not_split(loss_plan, self._rooms[key], inputs, targets),
             techniques=self.switches.planner,
             rates=self.rates,
             in_flight=self.in_flight,
@@ -233,7 +262,7 @@ class Preparation:
             return None, "low_memory: not where micro-batches meet at each BatchNorm"
         return LowMemoryLoss.of(self.inner, self.loss_fn, inputs, targets)
 
-    def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any, room: _Room) -> str:
+    def _why_not_split(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any) -> str:
         """Why the batch must not be split; "" if it may.
 
         Raises:
@@ -246,7 +275,7 @@ class Preparation:
             return "the batch has one sample"
         if wanted == 1 or not self.switches.accumulate:
             return ""
-        reason = self._coupling(loss_plan, coupled, inputs, targets, room)
+        reason = self._coupling(loss_plan, room, inputs, targets)
         if reason and wanted is not None:
             raise TrainingError(
                 f"micro_batches={wanted} would not give the gradients of the whole batch: {reason}; leave "
@@ -254,7 +283,8 @@ class Preparation:
             )
         return reason
 
-    def _coupling(self, loss_plan: LossPlan, coupled: list[str], inputs: Any, targets: Any, room: _Room) -> str:
+    def _coupling(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any) -> str:
+        coupled = modules_with_batch_statistics(self.inner)
         if self.batch_norm in ("auto", "never") and coupled:
             return f"{coupled[0]} takes its statistics from the whole batch ({len(coupled)} such modules)"
         moving = modules_that_move_with_each_pass(self.inner)
@@ -302,8 +332,19 @@ class _Room:
         for samples in (_CHECKED, 2):
             held = int(self.study.tape(samples).saved_bytes * 1.5) if samples <= self.study.batch else 0
             # The copy, its gradients, and activations of twice the bytes.
-            copies = (self.nbytes - 2 * held) // 2
+            copies = (self.nbytes - 2 * held - self._columns(samples)) // 2
             if samples <= self.study.batch and copies > 0:
                 return samples, min(copies, _COPY)
+        # In the model's own precision.
         fits = self.study.batch >= 2 and self.study.tape(2).saved_bytes * 1.5 <= max(self.nbytes, self.spare)
         return (2 if fits else 0), 0
+
+    def _columns(self, samples: int) -> int:
+        """Bytes of the largest convolution's unfolded input: in float64 there is no kernel that does without."""
+        most = 0
+        for op in self.study.tape(samples).ops if samples <= self.study.batch else ():
+            if op.call is not None and op.name.endswith("convolution"):
+                x, weight = op.call.args[:2]
+                entries = max(math.prod(x.shape), op.call.made // x.dtype.itemsize)
+                most = max(most, entries * math.prod(weight.shape[2:]) * torch.float64.itemsize)
+        return 2 * most

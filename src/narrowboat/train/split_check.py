@@ -245,17 +245,23 @@ def _subjects(
     yield model, loss_fn, inputs, targets
 
 
+def marks(inputs: Any, targets: Any) -> Tensor:
+    """For each sample, how many zeros and negatives there are among its integers: padding, ignored targets, masks."""
+    size = batch_size(inputs, targets)
+    found = torch.zeros(size)
+    for tensor in tensors_in((inputs, targets)):
+        if has_rows(tensor, size) and not tensor.is_floating_point() and not tensor.is_complex():
+            found += (tensor <= 0).reshape(size, -1).sum(1).cpu()
+    return found
+
+
 def _few(inputs: Any, targets: Any, samples: int) -> tuple[Any, Any]:
     """Up to ``samples`` samples, those with the fewest and the most zeros and negatives among their integers.
 
     Padding and ignored targets are such; samples that have equally many would hide a wrong weight.
     """
     size = batch_size(inputs, targets)
-    marks = torch.zeros(size)
-    for tensor in tensors_in((inputs, targets)):
-        if has_rows(tensor, size) and not tensor.is_floating_point() and not tensor.is_complex():
-            marks += (tensor <= 0).reshape(size, -1).sum(1).cpu()
-    order = marks.argsort(stable=True).tolist()
+    order = marks(inputs, targets).argsort(stable=True).tolist()
     take = min(samples, size)
     chosen = torch.tensor(order[: take - take // 2] + order[size - take // 2 :])
     few = mapped(lambda t: t[chosen.to(t.device)] if has_rows(t, size) else t, (inputs, targets))

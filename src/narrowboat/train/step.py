@@ -304,6 +304,8 @@ class TrainStep:
                     give_back()
                 plan, passes = self._preparation.plan(inputs, targets, budget)
             self._last = plan
+            self._report.changes += [(self._report.count, change) for change in self._preparation.changes]
+            self._preparation.changes.clear()
             update = self._update_for(plan)
             self._tighten(plan)
             snapshot = Snapshot(self._inner)

@@ -98,3 +98,22 @@ def test_random_streams_are_as_before() -> None:
     before = torch.get_rng_state()
     Kernels().with_scratch(tape)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_recurrent_kernels_which_trust_their_workspace_are_not_called_on_zeros(cell: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = cell(64, 128, 2, batch_first=True, bidirectional=True)
+    x = torch.randn(64, 40, 64)
+    tape = fake_walk(model, lambda a, b: (model(a)[0] - b).square().mean(), x, torch.randn(64, 40, 256), 64)
+    told = [*(op.call for op in tape.ops), *(event.call for event in tape.backward)]
+    assert not [call for call in told if call is not None and ("rnn" in str(call.func) or "lstm" in str(call.func))]
+    Kernels().with_scratch(tape)
+
+
+def test_calls_larger_than_the_limit_are_not_made_until_it_is_raised() -> None:
+    tape, kernels = tape_of(8), Kernels()
+    kernels.limit = 1
+    assert all(op.scratch == op.turnover == 0 for op in kernels.with_scratch(tape).ops)
+    kernels.limit = 1 << 40
+    assert any(op.turnover for op in kernels.with_scratch(tape).ops)

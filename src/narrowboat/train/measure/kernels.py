@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,9 +46,14 @@ class Taken:
 
 
 class Kernels:
-    """Remembers what calls took. Where the profiler cannot be had, nothing is known and nothing fails."""
+    """Remembers what calls took. Where the profiler cannot be had, nothing is known and nothing fails.
+
+    Attributes:
+        limit: bytes of a call's own tensors; a larger one is not tried, as it fits into no plan either.
+    """
 
     def __init__(self) -> None:
+        self.limit = sys.maxsize
         self._taken: dict[str, Taken] = {}
 
     @staticmethod
@@ -59,7 +65,8 @@ class Kernels:
         """``tape`` with the scratch memory of its operators, forward and backward."""
         told = [*(op.call for op in tape.ops), *(event.call for event in tape.backward)]
         calls: list[Call] = [call for call in told if call is not None]
-        missing = {call.key: call for call in calls if call.key not in self._taken}
+        small = [call for call in calls if call.nbytes <= self.limit]
+        missing = {call.key: call for call in small if call.key not in self._taken}
         if missing:
             # A call that fails alone is not asked for again.
             self._taken |= dict.fromkeys(missing, Taken(0, 0)) | measured(list(missing.values()))
@@ -70,7 +77,7 @@ class Kernels:
         )
 
     def _told(self, each: _Each, call: Call) -> _Each:
-        taken = self._taken[call.key]
+        taken = self._taken.get(call.key, Taken(0, 0))
         return replace(each, scratch=max(0, taken.highest - call.made), turnover=taken.turnover)
 
 

@@ -54,6 +54,16 @@ class Study:
     _times: Tape | None = None
     _kernels: Kernels = field(default_factory=Kernels)
 
+    def allow(self, nbytes: int) -> bool:
+        """Let kernels be tried whose tensors take so much; whether that is more than before."""
+        more = nbytes > self._kernels.limit
+        self._kernels.limit = max(nbytes, self._kernels.limit)
+        return more
+
+    def confine(self, nbytes: int) -> None:
+        """Try no kernels whose tensors take more, until ``allow``."""
+        self._kernels.limit = nbytes
+
     def tape(self, batch: int) -> Tape:
         """The pass of ``batch`` samples, with durations."""
         fits = alike(self.small, self.large) and self.small.batch != self.large.batch

@@ -51,7 +51,7 @@ class Outside:
         """The tensor. Raises ReplayError if it was written to since."""
         if self._owner._version != self._version:
             raise ReplayError(
-                f"a tensor of shape {list(self.tensor.shape)} from outside the pass (a weight or a buffer) was "
+                f"a tensor of shape {list(self.tensor.shape)} from outside the pass (weight, buffer or input) was "
                 "written to between the forward pass and its replay; step the optimizer after the backward pass"
             )
         return self.tensor

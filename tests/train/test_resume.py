@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from narrowboat.errors import BudgetError, NarrowboatError, SpillError, TrainingError, UsageError
 from narrowboat.train.lora import add_lora
@@ -482,3 +484,34 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_whole_step(runs: Runs,
             assert same(step.model, runs.plain(steps)[0]), folder.name
             assert step(*batch(steps)).item() == runs.plain(steps + 1)[1][-1], folder.name
             assert step(*batch(steps + 1)).item() == runs.plain(steps + 2)[1][-1], folder.name
+
+
+def test_the_smallest_budget_that_a_refusal_names_is_enough_for_weights_on_storage(tmp_path: Path) -> None:
+    """A bucket that is stepped has to be in the window of weights together."""
+    torch.manual_seed(0)
+    full = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)), nn.Linear(256, 10))
+    save_file(full.state_dict(), tmp_path / "net.safetensors")
+    x, y = torch.randn(64, 256), torch.randint(10, (64,))
+
+    def trained(budget: int) -> list[float]:
+        folder = tmp_path / f"spill {budget}"
+        folder.mkdir()
+        with torch.device("meta"):
+            model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(10)), nn.Linear(256, 10))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        weights = tmp_path / "net.safetensors"
+        with train_step(model, F.cross_entropy, optimizer, budget=budget, spill=folder, weights=weights) as step:
+            return [float(step(x, y)) for _ in range(2)]
+
+    with pytest.raises(BudgetError) as refusal:
+        trained(6 << 20)
+    assert refusal.value.minimum is not None
+    optimizer = torch.optim.AdamW(full.parameters(), 1e-3)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(full(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert trained(int(refusal.value.minimum * 1.1)) == pytest.approx(losses, rel=1e-6)

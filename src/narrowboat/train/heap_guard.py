@@ -18,8 +18,10 @@ from narrowboat.machine import whole_heap
 from narrowboat.machine.memory import private_bytes
 from narrowboat.train.tape.frames import Takes
 
-_SMALL = 256 << 10  # bytes that one more trim would have to give back
+_SMALL = 1 << 20  # bytes that one more trim would have to give back, or that blocks mapped one by one would save
+_SMALL_SHARE = 0.03  # the same as a share of the bytes allowed
 _SPARE = 2 << 20  # a huge page; and the kernel's count of pages runs behind by some on each CPU
+_SPARE_MOST = 0.05  # of the bytes allowed
 _SPARE_SHARE = 0.025  # of the bytes allowed: small tensors that nobody announces, and what pages round up
 
 
@@ -37,6 +39,20 @@ class Heap(Protocol):
     def map_apart(self) -> None:
         """Map large blocks one by one."""
         ...
+
+
+class NoHeap:
+    """Where the allocator keeps nothing, there is nothing to give back."""
+
+    def open_whole_heap(self) -> bool:
+        """Nothing to do."""
+        return True
+
+    def give_back(self) -> None:
+        """Nothing to do."""
+
+    def map_apart(self) -> None:
+        """Nothing to do."""
 
 
 class HeapGuard:
@@ -63,7 +79,8 @@ class HeapGuard:
         resident: Callable[[], int] = private_bytes,
     ) -> None:
         self.trims = self.tight = 0
-        self._limit = base + budget - _SPARE - int(budget * _SPARE_SHARE)
+        self._limit = base + budget - min(_SPARE, int(budget * _SPARE_MOST)) - int(budget * _SPARE_SHARE)
+        self._small = max(_SMALL, int(budget * _SMALL_SHARE))
         self._ceiling = None if ceiling is None else base + ceiling
         self._heap = heap if heap is not None else whole_heap
         self._resident = resident
@@ -86,7 +103,7 @@ class HeapGuard:
         if self._room >= 0:
             return
         held = self._resident()
-        if held + takes.turnover > self._limit and held - self._left >= _SMALL:
+        if held + takes.turnover > self._limit and held - self._left >= self._small:
             self._heap.give_back()
             self.trims += 1
             self._left = held = self._resident()
@@ -94,7 +111,7 @@ class HeapGuard:
             raise MemoryError(
                 f"out of memory: {held + takes.highest - self._ceiling} bytes beyond what a step may take"
             )
-        if held + takes.turnover > self._limit and takes.turnover - takes.highest >= _SMALL:
+        if held + takes.turnover > self._limit and takes.turnover - takes.highest >= self._small:
             self._heap.map_apart()
             self._apart = True
             self.tight += 1

@@ -32,7 +32,7 @@ from narrowboat.train.distributed import Ranks
 from narrowboat.train.footprint import Footprint
 from narrowboat.train.forked import Home
 from narrowboat.train.fuse import Fusion
-from narrowboat.train.heap_guard import HeapGuard
+from narrowboat.train.heap_guard import HeapGuard, NoHeap
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.options import (
     check_functions,
@@ -61,6 +61,7 @@ _SMALLER = 0.8  # of the budget, after a step that ran out of memory
 _MOST_ATTEMPTS = 8
 _IN_FLIGHT = 16 << 20  # bytes of activations on their way to or from storage
 _LEARNING = 3  # steps
+_SMALL_PLAN = 16 << 20  # bytes of activations
 _ENFORCED = 256 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
 
 
@@ -151,7 +152,7 @@ class TrainStep:
         self._steps_done = self._weights.steps_done if self._weights is not None else 0
         self._home = Home()
         self._closed = False
-        self._guarded = False
+        self._policy: MallocPolicy | None = None
 
     # -- for the user --------------------------------------------------------------------------------------------
 
@@ -255,9 +256,9 @@ class TrainStep:
             self._weights.close()
         if self._fusion is not None:
             self._fusion.close()
-        if self._guarded:
+        if self._policy is not None:
             set_malloc_policy(MallocPolicy.DEFAULT)
-            self._guarded = False
+            self._policy = None
         self._closed = True
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -366,13 +367,20 @@ class TrainStep:
         return smaller
 
     def _tighten(self, plan: TrainPlan) -> None:
-        """From the first plan that has to look at the heap, have the allocator keep what the guard gives back."""
-        if not self._guarded and plan.step is not None:
-            self._guarded = open_whole_heap()
+        """Have the allocator keep what the guard gives back; for a few MiB of activations, have it keep nothing.
+
+        Small tensors are cleared sooner than a heap full of huge pages is given back.
+        """
+        wanted = MallocPolicy.STRICT if plan.activations < _SMALL_PLAN else MallocPolicy.GUARDED
+        if plan.step is None or wanted is self._policy:
+            return
+        done = open_whole_heap() if wanted is MallocPolicy.GUARDED else set_malloc_policy(wanted)
+        self._policy = wanted if done else None
 
     def _guard(self, plan: TrainPlan, budget: int) -> HeapGuard:
         budget = min(budget, plan.budget)
-        return HeapGuard(self._footprint.base, budget, budget + _ENFORCED if self._enforce else None)
+        heap = NoHeap() if self._policy is MallocPolicy.STRICT else None
+        return HeapGuard(self._footprint.base, budget, budget + _ENFORCED if self._enforce else None, heap=heap)
 
     def _limited(self, plan: TrainPlan) -> Any:
         if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):

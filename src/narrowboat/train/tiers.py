@@ -91,11 +91,16 @@ def tiers(
     if weights.stored is not None:
         # What is trained on storage is stepped from storage.
         found = found[-1:]
-    return [_with_window(tier, window, weights, rates) for tier in found for window in _windows(weights, budget)]
+    return [_with_window(tier, window, weights, rates) for tier in found for window in _windows(tier, weights, budget)]
 
 
-def _windows(weights: TrainingWeights, budget: int) -> list[int]:
-    least, most = weights.minimum, max(weights.minimum, weights.total_bytes + (weights.minimum >> 2))
+def _windows(tier: Tier, weights: TrainingWeights, budget: int) -> list[int]:
+    least = weights.minimum
+    if weights.stored is not None:
+        # A bucket of them is stepped at a time, and is in the window together.
+        together = min(tier.bucket + tier.static.largest_gradient, weights.total_bytes)
+        least = max(least, together + (weights.minimum >> 2))
+    most = max(least, weights.total_bytes + (weights.minimum >> 2))
     return sorted({min(max(int(share * budget), least), most) for share in _WINDOWS}, reverse=True)
 
 

@@ -12,7 +12,6 @@ import torch
 from narrowboat.train.tape.facts import Kind, facts_of
 from narrowboat.train.tape.leaves import tensors_in
 
-_SMALLEST = 256 << 10  # bytes of its tensors; below it no kernel takes much
 # What may be called on zeros: kernels that trust an opaque workspace among their arguments (oneDNN's recurrent layers)
 # end the process.
 _TAKING = ("convolution", "mm", "addmv", "softmax", "attention", "pool", "upsample", "norm", "sum", "mean", "cumsum")
@@ -71,8 +70,6 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: int)
         return None
     tensors = list(tensors_in((args, kwargs)))
     if any(tensor.device.type != "cpu" or tensor.layout is not torch.strided for tensor in tensors):
-        return None
-    if made + sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _SMALLEST:
         return None
     return Call(func, _like(args), tuple((name, _like(value)) for name, value in sorted(kwargs.items())), made)
 

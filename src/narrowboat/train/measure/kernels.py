@@ -29,6 +29,7 @@ from narrowboat.train.tape.structure import BackwardEvent, Tape, TapeOp
 log = logging.getLogger("narrowboat")
 _PREFIX = "narrowboat call "
 _Each = TypeVar("_Each", TapeOp, BackwardEvent)
+_SMALLEST = 256 << 10  # bytes of a call's tensors; below it no kernel takes much
 _ERROR = 2  # of c10's levels of logging
 
 
@@ -65,7 +66,7 @@ class Kernels:
         """``tape`` with the scratch memory of its operators, forward and backward."""
         told = [*(op.call for op in tape.ops), *(event.call for event in tape.backward)]
         calls: list[Call] = [call for call in told if call is not None]
-        small = [call for call in calls if call.nbytes <= self.limit]
+        small = [call for call in calls if _SMALLEST <= call.nbytes <= self.limit]
         missing = {call.key: call for call in small if call.key not in self._taken}
         if missing:
             # A call that fails alone is not asked for again.

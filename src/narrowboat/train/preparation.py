@@ -154,7 +154,7 @@ class Preparation:
             return
         reached = Containers([self.loss_fn, self.count])
         try:
-            reason = self._why_not_split(self._passes[key].loss_plan, self._rooms[key], inputs, targets)
+            reason = self._why_not_split(self._passes[key].loss_plan, self._rooms[key], inputs, targets, again=True)
         finally:
             reached.restore()
             trim(refill=False)
@@ -262,7 +262,9 @@ class Preparation:
             return None, "low_memory: not where micro-batches meet at each BatchNorm"
         return LowMemoryLoss.of(self.inner, self.loss_fn, inputs, targets)
 
-    def _why_not_split(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any) -> str:
+    def _why_not_split(
+        self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any, *, again: bool = False
+    ) -> str:
         """Why the batch must not be split; "" if it may.
 
         Raises:
@@ -275,7 +277,7 @@ class Preparation:
             return "the batch has one sample"
         if wanted == 1 or not self.switches.accumulate:
             return ""
-        reason = self._coupling(loss_plan, room, inputs, targets)
+        reason = self._coupling(loss_plan, room, inputs, targets, again)
         if reason and wanted is not None:
             raise TrainingError(
                 f"micro_batches={wanted} would not give the gradients of the whole batch: {reason}; leave "
@@ -283,7 +285,7 @@ class Preparation:
             )
         return reason
 
-    def _coupling(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any) -> str:
+    def _coupling(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any, again: bool) -> str:
         coupled = modules_with_batch_statistics(self.inner)
         if self.batch_norm in ("auto", "never") and coupled:
             return f"{coupled[0]} takes its statistics from the whole batch ({len(coupled)} such modules)"
@@ -303,6 +305,8 @@ class Preparation:
             samples=samples,
             copy_limit=copies,
         )
+        if again and verdict.kind == "unknown":
+            return ""  # no room, or not to be told from these samples: what was found before holds
         if verdict and verdict.moving and self.batch_norm not in ("lockstep", "ghost"):
             return f"buffer {verdict.moving[0]} changes with each forward pass"
         return "" if verdict else verdict.reason

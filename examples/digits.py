@@ -15,8 +15,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-# With so few MiB freed tensors go back to the system at once; huge pages make taking them anew cheaper. torch reads this
-# at its first allocation.
+# With so few MiB freed tensors go back to the system at once; huge pages make taking them anew cheaper.
+# torch reads this at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch

@@ -334,7 +334,7 @@ class Planner:
             if room <= 0:
                 continue
             table = self._solve(way, int(room * _GENEROUS[0]))
-            room = self._share(way, room)
+            room = max(0, self._share(way, room) - self._chain_of(way).lasting)
             # The chain rounds up, unit by unit: a schedule of more than the room may fit by the count of storages.
             for size in dict.fromkeys(max(int(room * factor), table.minimum) for factor in (*_GENEROUS, 0.0)):
                 schedule = table.best(size)

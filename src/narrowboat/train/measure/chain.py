@@ -59,12 +59,14 @@ class TrainingChain:
         cuts: operators at which units begin, and the number of operators.
         chain: for the planner.
         options: per unit, in the chain's order.
+        lasting: bytes that stay whatever the plan, which the chain does not count.
     """
 
     tape: Tape
     cuts: tuple[int, ...]
     chain: Chain
     options: tuple[tuple[UnitOption, ...], ...]
+    lasting: int = 0
 
 
 def build_chain(
@@ -111,12 +113,12 @@ class _Builder:
         units, options = [], []
         for index in range(self._count):
             meanings, costs = self._options(index)
-            forward, backward = self._seconds(index)
+            forward, replay, backward = self._seconds(index)
             unit = Unit(
                 name=names[index],
                 forward=forward,
                 backward=backward,
-                replay=forward,
+                replay=replay,
                 options=tuple(costs),
                 # A unit that must not be replayed fits nowhere dropped.
                 dropped_peak=_NEVER_FITS if self._unsafe_unit(index) else self._dropped_peak(index),
@@ -130,7 +132,8 @@ class _Builder:
             write=self._rates.write if self._techniques.spill else None,
             read=self._rates.read if self._techniques.spill else None,
         )
-        return TrainingChain(self._tape, self._cuts, chain, tuple(options))
+        lasting = self._bytes(self._tape.lasting)
+        return TrainingChain(self._tape, self._cuts, chain, tuple(options), lasting)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -183,10 +186,10 @@ class _Builder:
                 carried[i, j] = self._bytes(self._boundaries[j] - self._boundaries[i])
         return carried
 
-    def _seconds(self, index: int) -> tuple[float, float]:
+    def _seconds(self, index: int) -> tuple[float, float, float]:
         ops = self._tape.ops[self._cuts[index] : self._cuts[index + 1]]
         forward = sum(op.seconds for op in ops)
-        return forward, self._windows[index].seconds or 2 * forward
+        return forward, sum(op.replay for op in ops), self._windows[index].seconds or 2 * forward
 
     # -- backward ------------------------------------------------------------------------------------------------
 

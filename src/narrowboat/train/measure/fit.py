@@ -63,7 +63,7 @@ def with_times(tape: Tape, timed: Tape) -> Tape:
     Operators are matched in order; the backward pass's moments by which saving was asked for.
     """
     scale = tape.batch / timed.batch
-    ops = [replace(op, seconds=other.seconds * scale) for op, other in zip(tape.ops, timed.ops, strict=True)]
+    ops = [op.paced(other, scale) for op, other in zip(tape.ops, timed.ops, strict=True)]
     needs: dict[tuple[int, int], float] = {}
     for event in timed.backward:
         if event.kind == "need":

@@ -87,7 +87,7 @@ def _with_plain_times(tape: Tape, forward: float, backward: float) -> Tape:
     later = backward / tape.backward_seconds if tape.backward_seconds else 1.0
     return replace(
         tape,
-        ops=[replace(op, seconds=op.seconds * factor) for op in tape.ops],
+        ops=[op.paced(op, factor) for op in tape.ops],
         backward=[replace(event, seconds=event.seconds * later) for event in tape.backward],
         forward_seconds=forward,
         backward_seconds=backward,

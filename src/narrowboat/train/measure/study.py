@@ -236,7 +236,7 @@ def _guessed(tape: Tape) -> Tape:
 def _rescaled(tape: Tape, factor: float) -> Tape:
     return replace(
         tape,
-        ops=[replace(op, seconds=op.seconds * factor) for op in tape.ops],
+        ops=[op.paced(op, factor) for op in tape.ops],
         backward=[replace(event, seconds=event.seconds * factor) for event in tape.backward],
         forward_seconds=tape.forward_seconds * factor,
         backward_seconds=tape.backward_seconds * factor,

@@ -100,6 +100,7 @@ class StepPlan:
         frame_of_unit: for each unit the frame of the first level that it belongs to; -1 for none.
         captures: for each storage the frames of the first level that hold it.
         encode: operators that some replay runs.
+        lasting: those among them that run again from what lasts of their results.
         cuts: operators at which units begin, and the end.
         takes: for each operator, what it takes as it runs.
         needs: for each saving, what the backward pass takes from when it asks for it until it asks for the next.
@@ -112,6 +113,7 @@ class StepPlan:
     captures: dict[int, tuple[int, ...]]
     encode: frozenset[int]
     cuts: tuple[int, ...]
+    lasting: frozenset[int] = frozenset()
     takes: tuple[Takes, ...] = ()
     needs: dict[tuple[int, int], Takes] = field(default_factory=dict)
 
@@ -122,10 +124,15 @@ class StepPlan:
 
 
 class Savings:
-    """Which storages each unit saves, and which saving counts to which unit."""
+    """Which storages each unit saves, and which saving counts to which unit.
+
+    Attributes:
+        unit_of: the unit that each saving (storage, operators run so far) counts to.
+        of_unit: for each unit what it saves and plans may drop.
+    """
 
     def __init__(self, tape: Tape, cuts: Sequence[int]) -> None:
-        last_read = last_reads(tape)
+        last_read, lasting = last_reads(tape), tape.lasting
         unit_of_op = [0] * (len(tape.ops) + 1)
         for unit in range(len(cuts) - 1):
             for op in range(cuts[unit], cuts[unit + 1]):
@@ -136,7 +143,8 @@ class Savings:
             for saved_at in storage.saved_at:
                 unit = unit_of_op[home(tape, storage.number, saved_at, last_read)]
                 self.unit_of[(storage.number, saved_at)] = unit
-                self.of_unit[unit].add(storage.number)
+                if storage.number not in lasting:
+                    self.of_unit[unit].add(storage.number)
 
 
 def compile_plan(
@@ -165,19 +173,22 @@ def compile_plan(
         elif maker.option(item).dropped:
             frame_of_unit[item.unit] = maker.reduced(item)
     kept = {item.unit: maker.option(item) for item in items if isinstance(item, Kept)}
+    lasting = tape.lasting
     for key, unit in savings.unit_of.items():
-        treatments[key] = (_treatment(kept.get(unit), key[0]), unit)
+        treatments[key] = (Treatment.KEEP if key[0] in lasting else _treatment(kept.get(unit), key[0]), unit)
     captures: dict[int, list[int]] = {}
     for frame in {index for index in frame_of_unit if index >= 0}:
         for number in maker.frames[frame].program.inputs:
             captures.setdefault(number, []).append(frame)
+    encode = frozenset(op for frame in maker.frames for op in frame.program.ops)
     return StepPlan(
         signature=tape.signature(),
         treatments=treatments,
         frames=maker.frames,
         frame_of_unit=frame_of_unit,
         captures={number: tuple(frames) for number, frames in captures.items()},
-        encode=frozenset(op for frame in maker.frames for op in frame.program.ops),
+        encode=encode,
+        lasting=frozenset(op for op in encode if tape.ops[op].lasting),
         cuts=tuple(cuts),
         takes=tuple(_takes(tape, op) for op in tape.ops),
         needs=_needs(tape),

@@ -29,6 +29,7 @@ from narrowboat.train.tape.encoded import EncodedOp, Outside, encode, ref_to
 from narrowboat.train.tape.facts import OpFacts, facts_of
 from narrowboat.train.tape.frames import NOTHING, Frame, StepPlan, Takes, Treatment
 from narrowboat.train.tape.leaves import plain, tensors_in, written_tensors
+from narrowboat.train.tape.renormal import shorten
 from narrowboat.train.tape.storages import StorageNumbers
 from narrowboat.train.tape.structure import Signature
 
@@ -171,6 +172,8 @@ class TapeRun(TorchDispatchMode):
                 frame.spill(self._pool, self._places)
         if encoded is not None:
             encoded.created = tuple(created)
+            if at in self._plan.lasting:
+                shorten(encoded, facts, args, results)
             self._ops[at] = encoded
         for place, number in created:
             for index in self._plan.captures.get(number, ()):

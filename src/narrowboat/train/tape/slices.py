@@ -28,7 +28,7 @@ class Program:
         ops: their indices.
         inputs: storages that have to be there before.
         frees: for each operator: storages of the replay that nothing needs after it.
-        seconds: measured time of these operators in the forward pass.
+        seconds: of running these operators again, as measured.
         peak: bytes at the worst moment, of storages made by the replay and still there (``inputs`` not counted).
     """
 
@@ -123,7 +123,7 @@ def _with_lives(tape: Tape, ops: tuple[int, ...], inputs: frozenset[int], stay: 
         ops=ops,
         inputs=inputs,
         frees=tuple(tuple(numbers) for numbers in frees),
-        seconds=sum(tape.ops[index].seconds for index in ops),
+        seconds=sum(tape.ops[index].replay for index in ops),
         peak=peak,
     )
 

@@ -32,6 +32,8 @@ class TapeOp:
         outside: for each of its tensors from outside (weights, buffers, inputs), in order: the storage's number.
         outside_changed: numbers of those that it writes to.
         seconds: measured duration; 0 where it was not measured.
+        seconds_again: of a replay; None where it takes as long as the first time.
+        lasting: storages that it made and that stay for a replay that costs less (``tape.renormal``).
         scratch: bytes that its kernel takes while it runs, beyond what it makes; 0 where that was not measured.
         turnover: all bytes that its kernel takes and gives back while it runs, ``scratch`` and what it makes included.
         call: how to call it alone, to measure that (``measure.kernels``); None where nobody needs to.
@@ -51,6 +53,18 @@ class TapeOp:
     scratch: int = 0
     turnover: int = 0
     call: Any = None
+    seconds_again: float | None = None
+    lasting: tuple[int, ...] = ()
+
+    @property
+    def replay(self) -> float:
+        """Seconds of running it again."""
+        return self.seconds if self.seconds_again is None else self.seconds_again
+
+    def paced(self, like: TapeOp, factor: float) -> TapeOp:
+        """The operator with the durations of another, times ``factor``."""
+        again = None if like.seconds_again is None else like.seconds_again * factor
+        return replace(self, seconds=like.seconds * factor, seconds_again=again)
 
 
 @dataclass(slots=True)
@@ -137,6 +151,11 @@ class Tape:
     def with_gradients(self) -> Tape:
         """The pass with the gradients of parameters among what is alive, as they come one by one in the backward."""
         return replace(self, backward=[replace(event, live=event.live + event.gradients) for event in self.backward])
+
+    @property
+    def lasting(self) -> frozenset[int]:
+        """Storages that no plan drops, as replays need them."""
+        return frozenset(number for op in self.ops for number in op.lasting)
 
     @property
     def saved_bytes(self) -> int:

@@ -13,20 +13,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from functools import lru_cache
-from typing import Any
+
+from narrowboat.machine.libc import libc
 
 _LARGEST = 256 << 20  # bytes of the first attempt; larger holes are taken in several pieces
 _MOST = 4096  # a heap with more holes than this is left as it is
 _IS_MMAPPED = 2
-
-
-@lru_cache(maxsize=1)
-def _libc() -> Any:
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-    return libc
 
 
 def _from_heap(address: int) -> bool:
@@ -51,17 +43,17 @@ class HeapHoles:
         Returns:
             Bytes of addresses that were taken now. Pages of them that are resident stay so: trim first.
         """
-        libc = _libc()
+        calls = libc()
         filled, size = 0, _LARGEST
         with self._lock:
             while len(self.taken) < _MOST:
-                address = libc.malloc(size)
+                address = calls.malloc(size)
                 if address and _from_heap(address):
                     self.taken.append(address)
                     filled += size
                     continue
                 if address:
-                    libc.free(address)
+                    calls.free(address)
                 if size == least:
                     break
                 size = max(size * 3 // 4, least)
@@ -71,4 +63,4 @@ class HeapHoles:
         """Let the heap use its holes again."""
         with self._lock:
             while self.taken:
-                _libc().free(self.taken.pop())
+                libc().free(self.taken.pop())

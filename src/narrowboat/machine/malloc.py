@@ -17,6 +17,7 @@ from pathlib import Path
 
 from narrowboat.machine.cgroup_tree import ROOT, read_text
 from narrowboat.machine.heap_holes import HeapHoles
+from narrowboat.machine.libc import libc
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _GLIBC_MOST_MAPPED = 65_536
@@ -125,8 +126,7 @@ def set_malloc_policy(policy: MallocPolicy | str) -> bool:
 
 
 def _apply(settings: tuple[tuple[int, int], ...]) -> bool:
-    libc = ctypes.CDLL(None)
-    return all(libc.mallopt(option, value) == 1 for option, value in settings)
+    return all(libc().mallopt(option, value) == 1 for option, value in settings)
 
 
 def never_map() -> bool:
@@ -145,14 +145,11 @@ def give_back_own_heap() -> None:
     global _in_force
     if allocator_name() != "glibc":
         return
-    libc = ctypes.CDLL(None)
-    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
     with _setting:
         _in_force = _in_force or MallocPolicy.DEFAULT
         try:
             _apply(((_M_MMAP_THRESHOLD, 32 * _MIB), (_M_TRIM_THRESHOLD, 128 * _KIB)))
-            libc.free(libc.malloc(_END_BYTES))  # its pages are not touched
+            libc().free(libc().malloc(_END_BYTES))  # its pages are not touched
         finally:
             _apply(_SETTINGS[_in_force])
 
@@ -165,7 +162,7 @@ def trim(*, refill: bool = True) -> bool:
     """
     if allocator_name() != "glibc":
         return False
-    gave = bool(ctypes.CDLL(None).malloc_trim(0))
+    gave = bool(libc().malloc_trim(0))
     if refill and _fill_from is not None:
         _holes.fill(_fill_from)
     return gave

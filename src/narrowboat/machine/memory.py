@@ -79,21 +79,22 @@ def process_memory(pid: int | None = None, root: Path = ROOT) -> ProcessMemory:
 
 def resident_bytes() -> int:
     """Resident memory of this process, quickly (a microsecond or two); 0 without ``/proc``."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read(64).split()[1]) * mmap.PAGESIZE
-    except (OSError, IndexError, ValueError):
-        return 0
+    return _resident_and_shared()[0]
 
 
 def private_bytes() -> int:
     """Resident memory of this process but for mapped files and shared memory, quickly; 0 without ``/proc``."""
+    resident, shared = _resident_and_shared()
+    return resident - shared
+
+
+def _resident_and_shared() -> tuple[int, int]:
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
             fields = file.read(64).split()
-        return (int(fields[1]) - int(fields[2])) * mmap.PAGESIZE
+        return int(fields[1]) * mmap.PAGESIZE, int(fields[2]) * mmap.PAGESIZE
     except (OSError, IndexError, ValueError):
-        return 0
+        return 0, 0
 
 
 def reset_peak() -> bool:

@@ -19,10 +19,20 @@ from narrowboat.machine.memory import private_bytes
 from narrowboat.train.tape.frames import Takes
 
 _SMALL = 1 << 20  # bytes that one more trim would have to give back, or that blocks mapped one by one would save
-_SMALL_SHARE = 0.03  # the same as a share of the bytes allowed
+_SMALL_SHARE = 0.03  # the same as a share of the bytes that move
 _SPARE = 2 << 20  # a huge page; and the kernel's count of pages runs behind by some on each CPU
 _SPARE_MOST = 0.05  # of the bytes allowed
-_SPARE_SHARE = 0.04  # of the bytes allowed: small tensors that nobody announces, and what pages round up
+_SPARE_SHARE = 0.04  # of the bytes that move: small tensors that nobody announces, and what pages round up
+
+
+def usable(budget: int, still: int) -> int:
+    """Bytes of a budget that the guard lets be filled; the rest is for what nobody announces.
+
+    Args:
+        budget: of the step.
+        still: bytes of it that neither come nor go in a step (weights, optimizer state).
+    """
+    return budget - min(_SPARE, int(budget * _SPARE_MOST)) - int(max(0, budget - still) * _SPARE_SHARE)
 
 
 class Heap(Protocol):
@@ -61,6 +71,7 @@ class HeapGuard:
     Args:
         base: private bytes of the process without the training.
         budget: bytes beyond that the step stays within.
+        still: bytes of the budget that neither come nor go in a step (weights, optimizer state).
         ceiling: bytes beyond ``base`` that no step may pass; past them it is given up. None for no such limit.
         heap, resident: the allocator's and the system's; others in tests.
 
@@ -75,12 +86,13 @@ class HeapGuard:
         budget: int,
         ceiling: int | None = None,
         *,
+        still: int = 0,
         heap: Heap | None = None,
         resident: Callable[[], int] = private_bytes,
     ) -> None:
         self.trims = self.tight = 0
-        self._limit = base + budget - min(_SPARE, int(budget * _SPARE_MOST)) - int(budget * _SPARE_SHARE)
-        self._small = max(_SMALL, int(budget * _SMALL_SHARE))
+        self._limit = base + usable(budget, still)
+        self._small = max(_SMALL, int(max(0, budget - still) * _SMALL_SHARE))
         self._ceiling = None if ceiling is None else base + ceiling
         self._heap = heap if heap is not None else whole_heap
         self._resident = resident

@@ -14,6 +14,7 @@ from typing import Any
 from narrowboat.errors import BudgetError
 from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, frontier, solve
 from narrowboat.quantities import format_apart, format_bytes
+from narrowboat.train.heap_guard import usable
 from narrowboat.train.measure.chain import Rates, Techniques, TrainingChain, build_chain
 from narrowboat.train.measure.simulate import Foreseen, foresee
 from narrowboat.train.measure.study import Study
@@ -23,7 +24,8 @@ from narrowboat.train.tiers import Tier
 
 MARGIN_SHARE = 0.04  # of activations: what the operators' kernels take inside
 MARGIN_LEAST = 1 << 20
-_GENEROUS = (1.3, 1.2, 1.15, 1.1, 1.05, 1.0)  # times the room, largest first
+_ROOMS = (1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # times the room, largest first
+_ANEW = 3e-10  # seconds per byte that the system hands out once more: cleared, in pages of 4 KiB and of 2 MiB
 _KEPT_BY_HEAP = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
 
 
@@ -333,24 +335,30 @@ class Planner:
             room = self._room(budget, way)
             if room <= 0:
                 continue
-            table = self._solve(way, int(room * _GENEROUS[0]))
+            table = self._solve(way, int(room * _ROOMS[0]))
             room = max(0, self._share(way, room) - self._chain_of(way).lasting)
             # The chain rounds up, unit by unit: a schedule of more than the room may fit by the count of storages.
-            for size in dict.fromkeys(max(int(room * factor), table.minimum) for factor in (*_GENEROUS, 0.0)):
+            # One of less may be faster than one that fills it, where freed pages go back before every other kernel.
+            for size in dict.fromkeys(max(int(room * factor), table.minimum) for factor in (*_ROOMS, 0.0)):
                 schedule = table.best(size)
                 seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
                 found.append((seconds, number, way, schedule))
         tried: set[tuple[int, Schedule]] = set()
+        best: TrainPlan | None = None
         for seconds, number, way, schedule in sorted(found, key=lambda each: each[:2]):
+            if best is not None and best.predicted_seconds <= seconds:
+                break
             if (number, schedule) in tried:
                 continue
             tried.add((number, schedule))
             # Where the count by storages says more than the chain (small tensors that are never written out), it is
             # the one to believe.
             plan = self._finished(budget, seconds, way, schedule)
-            if plan.predicted_peak <= budget:
-                return plan
-        raise self._refusal(budget)
+            if plan.predicted_peak <= budget and (best is None or plan.predicted_seconds < best.predicted_seconds):
+                best = plan
+        if best is None:
+            raise self._refusal(budget)
+        return best
 
     def _plain_within(self, budget: int) -> TrainPlan | None:
         """The plain step where it fits; the planner's slots are too coarse to see that at the last bytes."""
@@ -362,6 +370,14 @@ class Planner:
         items = tuple(Kept(unit) for unit in range(len(self._chain_of(way).chain.units)))
         plan = self._finished(budget, seconds, way, Schedule(seconds, peak, items))
         return plan if plan.predicted_peak <= budget else None
+
+    def _seconds_anew(self, budget: int, way: _Way, foreseen: Foreseen | None) -> float:
+        """Seconds in which the system hands out again what the guard gave back to it."""
+        if foreseen is None:
+            return 0.0
+        static = way.tier.static
+        room = usable(budget, static.total - static.gradients) - self._outside(way)
+        return way.parts * foreseen.anew(self._share(way, room)) * _ANEW
 
     def _taping(self, way: _Way, schedule: Schedule) -> float:
         """Seconds that a pass takes longer because it runs on a tape."""
@@ -385,7 +401,7 @@ class Planner:
             tier=way.tier,
             activations=activations - (gradients if _growing(way) else 0),
             predicted_peak=self._total(activations, way),
-            predicted_seconds=seconds,
+            predicted_seconds=seconds + self._seconds_anew(budget, way, foreseen),
             plain_seconds=plain_seconds,
             plain_peak=self._plain_peak(plain_activations),
             min_budget=least,

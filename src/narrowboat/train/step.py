@@ -380,7 +380,9 @@ class TrainStep:
     def _guard(self, plan: TrainPlan, budget: int) -> HeapGuard:
         budget = min(budget, plan.budget)
         heap = NoHeap() if self._policy is MallocPolicy.STRICT else None
-        return HeapGuard(self._footprint.base, budget, budget + _ENFORCED if self._enforce else None, heap=heap)
+        ceiling = budget + _ENFORCED if self._enforce else None
+        still = plan.static.total - plan.static.gradients
+        return HeapGuard(self._footprint.base, budget, ceiling, still=still, heap=heap)
 
     def _limited(self, plan: TrainPlan) -> Any:
         if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):

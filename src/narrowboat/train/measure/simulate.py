@@ -25,6 +25,7 @@ class Foreseen:
         replayed_seconds: time of the replays, by the measured times.
         where: the module at work at the worst moment.
         gradients: bytes of parameters' gradients that are there at the worst moment of the backward pass.
+        loads: for each kernel, bytes held before it, and those that it takes in all.
     """
 
     peak: int
@@ -34,6 +35,11 @@ class Foreseen:
     replayed_seconds: float
     where: str
     gradients: int = 0
+    loads: tuple[tuple[int, int], ...] = ()
+
+    def anew(self, room: int) -> int:
+        """Bytes of kernels that do not fit into ``room`` beside what is held: they are taken from the system again."""
+        return sum(taken for held, taken in self.loads if held + taken > room)
 
 
 def foresee(tape: Tape, plan: StepPlan, in_flight: int = 0) -> Foreseen:
@@ -64,6 +70,7 @@ class _Count:
         self._where = ["", ""]
         self._live = 0
         self._gradients = self._gradients_then = 0
+        self._loads: list[tuple[int, int]] = []
 
     def run(self) -> Foreseen:
         self._forward()
@@ -78,7 +85,11 @@ class _Count:
             replayed_seconds=self._plan.replayed_seconds,
             where=self._where[worst],
             gradients=self._gradients_then if worst else 0,
+            loads=tuple(self._loads),
         )
+
+    def _turnover(self, index: int) -> int:
+        return self._plan.takes[index].turnover if index < len(self._plan.takes) else 0
 
     # -- holding -------------------------------------------------------------------------------------------------
 
@@ -93,6 +104,10 @@ class _Count:
         if self._users[copy] == 0:
             del self._users[copy]
             self._held -= self._tape.storages[copy[0]].nbytes
+
+    def _load(self, taken: int) -> None:
+        if taken:
+            self._loads.append((self._held + self._extra + self._live, taken))
 
     def _note(self, phase: int, more: int, where: str) -> None:
         total = self._held + self._extra + self._live + more
@@ -116,6 +131,7 @@ class _Count:
                 spill_at.setdefault(self._plan.cuts[self._plan.frames[index].start], []).append(index)
         for op in self._tape.ops:
             self._save(op.index, saving)
+            self._load(self._turnover(op.index))
             for number in op.created:
                 self._hold((number, -1))
                 for frame in self._plan.captures.get(number, ()):
@@ -158,7 +174,9 @@ class _Count:
         for event in self._tape.backward:
             self._live, self._gradients = event.live, event.gradients
             if event.kind == "need":
-                self._bring(event.storage, self._plan.treatments[(event.storage, event.saved_at)][1])
+                key = (event.storage, event.saved_at)
+                self._bring(event.storage, self._plan.treatments[key][1])
+                self._load(self._plan.needs[key].turnover if key in self._plan.needs else 0)
             elif event.kind == "done":
                 self._done(event.storage, self._plan.treatments[(event.storage, event.saved_at)][1])
             self._note(1, event.scratch, "")
@@ -184,6 +202,7 @@ class _Count:
                 self._hold(copy)
         for index, frees in zip(frame.program.ops, frame.program.frees, strict=True):
             made = self._tape.ops[index].created
+            self._load(self._turnover(index))
             fresh = [number for number in made if number not in frame.program.inputs]
             for number in fresh:
                 there[number] = (number, frame.index)

@@ -27,6 +27,18 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 
 
+class GlobalNorm(torch.optim.SGD):
+    """Steps by the norm of all gradients: not per parameter."""
+
+    def step(self, closure: Any = None) -> None:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad / norm)
+
+
 def narrow(model: nn.Module, batch: tuple[Tensor, Tensor], share: float = 0.0, **options: Any) -> TrainStep:
     """A step whose activations have a share of what the plain step takes; 0 is the smallest budget."""
     options = {"optimizer": adam(model), "micro_batches": 1, "adapt": False, "enforce": False, **options}

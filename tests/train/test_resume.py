@@ -21,7 +21,7 @@ from narrowboat.errors import BudgetError, NarrowboatError, SpillError, Training
 from narrowboat.train.lora import add_lora
 from narrowboat.train.step import TrainStep, train_step
 from train_kit import cross_entropy, mlp
-from train_step_kit import adam, vectors
+from train_step_kit import GlobalNorm, adam, vectors
 from train_weights_kit import Layers
 
 FILES = ("weights.json", "weights.records", "optimizer.json", "optimizer.records")
@@ -331,18 +331,6 @@ def test_steps_are_counted(runs: Runs, tmp_path: Path) -> None:
 
 
 # -- refusals --------------------------------------------------------------------------------------
-
-
-class GlobalNorm(torch.optim.SGD):
-    """Steps by the norm of all gradients: not per parameter."""
-
-    def step(self, closure: Any = None) -> None:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(parameter.grad / norm)
 
 
 def test_a_budget_that_is_refused_leaves_nothing_behind(runs: Runs, tmp_path: Path) -> None:

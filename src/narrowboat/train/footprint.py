@@ -50,11 +50,6 @@ class Footprint:
         """Private bytes of the process without the training: of libraries, and what else its user holds."""
         return self._base or 0
 
-    @property
-    def known(self) -> bool:
-        """Whether there is a baseline."""
-        return self._base is not None
-
     def held(self) -> int:
         """Bytes that training holds now."""
         return max(0, private_bytes() - self.base)

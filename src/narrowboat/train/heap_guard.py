@@ -22,7 +22,7 @@ _SMALL = 1 << 20  # bytes that one more trim would have to give back, or that bl
 _SMALL_SHARE = 0.03  # the same as a share of the bytes that move
 _SPARE = 2 << 20  # a huge page; and the kernel's count of pages runs behind by some on each CPU
 _SPARE_MOST = 0.05  # of the bytes allowed
-_SPARE_SHARE = 0.04  # of the bytes that move: small tensors that nobody announces, and what pages round up
+_SPARE_SHARE = 0.08  # of the bytes that move: small tensors that nobody announces, and what pages round up
 
 
 def usable(budget: int, still: int) -> int:

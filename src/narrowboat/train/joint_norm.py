@@ -101,6 +101,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of all six arguments from that of the output, [batch, channels, ...]; None for ``eps``."""
         x, mean, var, weight = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], True, True]
         arguments = (grad, x, weight, mean, var, None, None, False, ctx.eps, wanted)

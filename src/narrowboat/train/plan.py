@@ -324,7 +324,8 @@ class Planner:
         Raises:
             BudgetError: none does; with the minimum, what sets it, and what would lower it.
         """
-        if self._study.allow(budget):
+        if budget > self._study.room:
+            self._study.room = budget
             self._chains.clear()
             self._least = self._plain = None
         plain = self._plain_within(budget)
@@ -371,14 +372,6 @@ class Planner:
         plan = self._finished(budget, seconds, way, Schedule(seconds, peak, items))
         return plan if plan.predicted_peak <= budget else None
 
-    def _seconds_anew(self, budget: int, way: _Way, foreseen: Foreseen | None) -> float:
-        """Seconds in which the system hands out again what the guard gave back to it."""
-        if foreseen is None:
-            return 0.0
-        static = way.tier.static
-        room = usable(budget, static.total - static.gradients) - self._outside(way)
-        return way.parts * foreseen.anew(self._share(way, room)) * _ANEW
-
     def _taping(self, way: _Way, schedule: Schedule) -> float:
         """Seconds that a pass takes longer because it runs on a tape."""
         return 0.0 if _is_plain(schedule) else self._chain_of(way).tape.overhead
@@ -401,7 +394,7 @@ class Planner:
             tier=way.tier,
             activations=activations - (gradients if _growing(way) else 0),
             predicted_peak=self._total(activations, way),
-            predicted_seconds=seconds + self._seconds_anew(budget, way, foreseen),
+            predicted_seconds=seconds + (way.parts * foreseen.anew * _ANEW if foreseen is not None else 0.0),
             plain_seconds=plain_seconds,
             plain_peak=self._plain_peak(plain_activations),
             min_budget=least,
@@ -417,11 +410,14 @@ class Planner:
         way = self._plain_way()
         return self._total(max(activations, _afterwards(way)), way)
 
-    def _counted(self, way: _Way, schedule: Schedule) -> tuple[StepPlan, Foreseen]:
+    def _counted(self, way: _Way, schedule: Schedule, budget: int | None = None) -> tuple[StepPlan, Foreseen]:
         """The schedule for the tape, and its count by storages."""
         made = self._chain_of(way)
         step = compile_plan(made.tape, made.cuts, made.options, schedule.items)
-        return step, foresee(made.tape, step)
+        room = None
+        if budget is not None:
+            room = self._share(way, usable(budget, way.tier.static.still) - self._outside(way))
+        return step, foresee(made.tape, step, room=room)
 
     def _compiled(self, way: _Way, schedule: Schedule, budget: int) -> tuple[StepPlan | None, Foreseen | None]:
         """What the tape does, and its count by storages; None for the plain step where the heap needs no guard."""
@@ -429,7 +425,7 @@ class Planner:
             total = self._total(self._count(way, schedule, None), way)
             if total * _KEPT_BY_HEAP <= budget:
                 return None, None
-        return self._counted(way, schedule)
+        return self._counted(way, schedule, budget)
 
     def _count(self, way: _Way, schedule: Schedule, foreseen: Foreseen | None) -> int:
         """Bytes of activations at the worst moment, and of what takes their place when they are gone."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,10 +38,11 @@ from narrowboat.train.quiet import quiet_on_fake_tensors
 from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool
-from narrowboat.train.split_check import check_splits
+from narrowboat.train.split_check import SplitVerdict, check_splits
 from narrowboat.train.split_watch import SplitWatch
-from narrowboat.train.static import StaticBytes, static_bytes
+from narrowboat.train.static import StaticBytes, batch_bytes, static_bytes
 from narrowboat.train.switches import Switches
+from narrowboat.train.tape.structure import Tape
 from narrowboat.train.tiers import tiers
 from narrowboat.train.uncut import can_be_cut
 from narrowboat.train.weights import TrainingWeights
@@ -70,7 +71,7 @@ class Preparation:
         step_in_backward: gradients are stepped as they come and are never all there.
         fusion: compiles blocks; None where that was not asked for.
         footprint: what the process holds; None where nobody asks.
-        changes: what was found since the last step and has to be told.
+        tell: is told what was found between steps, in words.
     """
 
     model: nn.Module
@@ -91,7 +92,7 @@ class Preparation:
     fusion: Fusion | None = None
     footprint: Footprint | None = None
     whole: StaticBytes | None = None
-    changes: list[str] = field(default_factory=list)
+    tell: Callable[[str], None] = log.warning
     _left: int = 0
     _watches: dict[Hashable, SplitWatch] = field(default_factory=dict)
     _rooms: dict[Hashable, _Room] = field(default_factory=dict)
@@ -107,10 +108,8 @@ class Preparation:
         except TrainingError:  # samples of inputs and targets are counted in different dimensions
             return whole(inputs)
         if key not in self._planners and key not in self._uncut:
-            with self.frozen():
-                reached = Containers([self.loss_fn])
+            with self.frozen(), self._as_before():
                 self._uncut[key] = not can_be_cut(self.inner, self.loss_fn, inputs, targets)
-                reached.restore()
         return whole(inputs) if self._uncut.get(key) else inputs
 
     def plan(self, inputs: Any, targets: Any, budget: int) -> tuple[TrainPlan, Passes]:
@@ -127,8 +126,7 @@ class Preparation:
         if measured:
             self._check_again(key, inputs, targets, budget)
         if not measured or (key, budget) not in self._plans:
-            reached = Containers([self.loss_fn, self.count])  # what the model reaches, each pass puts back itself
-            try:
+            with self._as_before():
                 if not measured:
                     if self.footprint is not None:
                         self.footprint.before_measuring()
@@ -139,10 +137,8 @@ class Preparation:
                         # It is there, whether the step is refused or not.
                         least = self._planners[key].minimum()[0]
                         self._planners[key].reserve(max(0, min(self._left, budget - least)))
-                    self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
+                    self._forget_plans(key)
                 self._plans[(key, budget)] = self._planners[key].make(budget)
-            finally:
-                reached.restore()
             log.info("plan for %s:\n%s", format_bytes(budget), self._plans[(key, budget)])
         plan = self._plans[(key, budget)]
         return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
@@ -152,18 +148,32 @@ class Preparation:
         plan, watch = self._plans.get((key, budget)), self._watches.get(key)
         if plan is None or watch is None or plan.parts < 2 or not watch.due(inputs, targets):
             return
+        try:
+            with self._as_before():
+                samples, copies = self._rooms[key].for_check()
+                verdict = self._tried(self._passes[key].loss_plan, samples, copies, inputs, targets)
+        finally:
+            trim(refill=False)
+        # No room, or not to be told from these samples: what was found before holds.
+        reason = "" if verdict is None or verdict.kind == "unknown" else self._reason_of(verdict)
+        if reason:
+            self._refuse_parts(reason)
+            self.tell(f"such batches are no longer split: {reason}")
+            self._planners[key].keep_whole(reason)
+            self._forget_plans(key)
+            del self._watches[key]
+
+    def _forget_plans(self, key: Hashable) -> None:
+        self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Whatever happens inside, what loss and count reach stays; what the model reaches, each pass puts back."""
         reached = Containers([self.loss_fn, self.count])
         try:
-            reason = self._why_not_split(self._passes[key].loss_plan, self._rooms[key], inputs, targets, again=True)
+            yield
         finally:
             reached.restore()
-            trim(refill=False)
-        if reason:
-            self.changes.append(f"such batches are no longer split: {reason}")
-            log.warning("%s", self.changes[-1])
-            self._planners[key].keep_whole(reason)
-            self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
-            del self._watches[key]
 
     def planner(self, inputs: Any, targets: Any) -> Planner:
         """The planner of such batches, which were planned for before."""
@@ -210,14 +220,14 @@ class Preparation:
         if self.fusion is not None:
             self.fusion.prepare(forward, inputs, targets)
         made = study(self.inner, forward, inputs, targets)
-        made.confine(budget)
+        made.room = budget
         self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
         # DistributedDataParallel has buckets of its own for gradients on their way, from the beginning.
         copies = 1 if self.model is self.inner else 2
         static = replace(
             self.whole,
             gradients=copies * self.whole.gradients,
-            batch=static_bytes(self.inner, None, inputs, targets).batch,
+            batch=batch_bytes(inputs, targets),
         )
         held = static.weights + static.gradients + static.batch
         spare = self._spare(static)
@@ -238,7 +248,7 @@ class Preparation:
                     growing=self.model is self.inner,
                 )
             ),
-            splittable=self._why_not_split(loss_plan, self._rooms[key], inputs, targets),
+            splittable=self._why_not_split(loss_plan, coupled, self._rooms[key], inputs, targets),
             techniques=self.switches.planner,
             rates=self.rates,
             in_flight=self.in_flight,
@@ -249,6 +259,7 @@ class Preparation:
             notes=(*(self.fusion.reasons if self.fusion is not None else ()), *([reason] if reason else [])),
         )
         planner = Planner(made, premises)
+        trim(refill=False)
         keep_what_differs(planner, self.inner, forward, inputs, targets)
         self._planners[key], self._passes[key] = planner, passes
 
@@ -262,51 +273,48 @@ class Preparation:
             return None, "low_memory: not where micro-batches meet at each BatchNorm"
         return LowMemoryLoss.of(self.inner, self.loss_fn, inputs, targets)
 
-    def _why_not_split(
-        self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any, *, again: bool = False
-    ) -> str:
+    def _why_not_split(self, loss_plan: LossPlan, coupled: list[str], room: _Room, inputs: Any, targets: Any) -> str:
         """Why the batch must not be split; "" if it may.
 
         Raises:
             TrainingError: it must not, but a number of micro-batches was asked for.
         """
-        samples, wanted = batch_size(inputs, targets), self.micro_batches
         if is_whole(inputs):
             return "the batch cannot be cut along dimension 0"
-        if samples < 2:
+        if batch_size(inputs, targets) < 2:
             return "the batch has one sample"
-        if wanted == 1 or not self.switches.accumulate:
+        if self.micro_batches == 1 or not self.switches.accumulate:
             return ""
-        reason = self._coupling(loss_plan, room, inputs, targets, again)
-        if reason and wanted is not None:
-            raise TrainingError(
-                f"micro_batches={wanted} would not give the gradients of the whole batch: {reason}; leave "
-                "micro_batches out (the batch is recomputed instead of split), or see batch_norm= and count="
-            )
+        reason = self._coupling(loss_plan, coupled, room, inputs, targets)
+        if reason:
+            self._refuse_parts(reason)
         return reason
 
-    def _coupling(self, loss_plan: LossPlan, room: _Room, inputs: Any, targets: Any, again: bool) -> str:
-        coupled = modules_with_batch_statistics(self.inner)
+    def _refuse_parts(self, reason: str) -> None:
+        if self.micro_batches is not None:
+            raise TrainingError(
+                f"micro_batches={self.micro_batches} would not give the gradients of the whole batch: {reason}; leave "
+                "micro_batches out (the batch is recomputed instead of split), or see batch_norm= and count="
+            )
+
+    def _coupling(self, loss_plan: LossPlan, coupled: list[str], room: _Room, inputs: Any, targets: Any) -> str:
         if self.batch_norm in ("auto", "never") and coupled:
             return f"{coupled[0]} takes its statistics from the whole batch ({len(coupled)} such modules)"
         moving = modules_that_move_with_each_pass(self.inner)
         if moving:
             return f"{moving[0]} changes with each forward pass"
-        samples, copies = room.for_check()
+        verdict = self._tried(loss_plan, *room.for_check(), inputs, targets)
+        return "there is no room to try it on two samples" if verdict is None else self._reason_of(verdict)
+
+    def _tried(self, loss_plan: LossPlan, samples: int, copies: int, inputs: Any, targets: Any) -> SplitVerdict | None:
+        """A few samples whole and in parts; None where there is no room for two."""
         if samples < 2:
-            return "there is no room to try it on two samples"
-        verdict = check_splits(
-            self.inner,
-            self.loss_fn,
-            inputs,
-            targets,
-            loss_plan,
-            call=call_loss,
-            samples=samples,
-            copy_limit=copies,
+            return None
+        return check_splits(
+            self.inner, self.loss_fn, inputs, targets, loss_plan, call=call_loss, samples=samples, copy_limit=copies
         )
-        if again and verdict.kind == "unknown":
-            return ""  # no room, or not to be told from these samples: what was found before holds
+
+    def _reason_of(self, verdict: SplitVerdict) -> str:
         if verdict and verdict.moving and self.batch_norm not in ("lockstep", "ghost"):
             return f"buffer {verdict.moving[0]} changes with each forward pass"
         return "" if verdict else verdict.reason
@@ -333,22 +341,28 @@ class _Room:
 
     def for_check(self) -> tuple[int, int]:
         """Samples for the check of splitting (none where not even two fit), and bytes for a float64 copy."""
+        if self.study.batch < 2:
+            return 0, 0
+        held = 0
         for samples in (_CHECKED, 2):
-            held = int(self.study.tape(samples).saved_bytes * 1.5) if samples <= self.study.batch else 0
+            if samples > self.study.batch:
+                continue
+            tape = self.study.tape(samples)
+            held = int(tape.saved_bytes * 1.5)
             # The copy, its gradients, and activations of twice the bytes.
-            copies = (self.nbytes - 2 * held - self._columns(samples)) // 2
-            if samples <= self.study.batch and copies > 0:
+            copies = (self.nbytes - 2 * held - _columns(tape)) // 2
+            if copies > 0:
                 return samples, min(copies, _COPY)
         # In the model's own precision.
-        fits = self.study.batch >= 2 and self.study.tape(2).saved_bytes * 1.5 <= max(self.nbytes, self.spare)
-        return (2 if fits else 0), 0
+        return (2 if held <= max(self.nbytes, self.spare) else 0), 0
 
-    def _columns(self, samples: int) -> int:
-        """Bytes of the largest convolution's unfolded input: in float64 there is no kernel that does without."""
-        most = 0
-        for op in self.study.tape(samples).ops if samples <= self.study.batch else ():
-            if op.call is not None and op.name.endswith("convolution"):
-                x, weight = op.call.args[:2]
-                entries = max(math.prod(x.shape), op.call.made // x.dtype.itemsize)
-                most = max(most, entries * math.prod(weight.shape[2:]) * torch.float64.itemsize)
-        return 2 * most
+
+def _columns(tape: Tape) -> int:
+    """Bytes of the largest convolution's unfolded input: in float64 there is no kernel that does without."""
+    most = 0
+    for op in tape.ops:
+        if op.call is not None and op.name.endswith("convolution"):
+            x, weight = op.call.args[:2]
+            entries = max(math.prod(x.shape), op.call.made // x.dtype.itemsize)
+            most = max(most, entries * math.prod(weight.shape[2:]) * torch.float64.itemsize)
+    return 2 * most

@@ -41,6 +41,11 @@ class StaticBytes:
         """All classes together."""
         return self.weights + self.buffers + self.gradients + self.optimizer + self.batch
 
+    @property
+    def still(self) -> int:
+        """Those that neither come nor go in a step."""
+        return self.total - self.gradients
+
     def as_dict(self) -> dict[str, int]:
         """For reports."""
         return {key: value for key, value in asdict(self).items() if key not in ("largest_gradient", "temporaries")}

@@ -145,6 +145,7 @@ class TrainStep:
             step_in_backward=in_backward and clip_grad_norm is None,
             fusion=self._fusion,
             footprint=self._footprint,
+            tell=self._tell,
         )
         self._last: TrainPlan | None = None
         self._update: Update | StoredUpdate | None = None
@@ -282,6 +283,10 @@ class TrainStep:
             "and optimizer.state_dict() instead, and make another step with train_step"
         )
 
+    def _tell(self, what: str, level: int = logging.WARNING) -> None:
+        log.log(level, "%s", what)
+        self._report.changes.append((self._report.count, what))
+
     # -- one step ------------------------------------------------------------------------------------------------
 
     def _gradients(
@@ -291,9 +296,8 @@ class TrainStep:
         with self._ranks.together():
             inputs = self._preparation.divided(inputs, targets)
         self._footprint.begin(inputs, targets)
-        change = self._budget.follow(self._footprint.held(), self._footprint.addresses())
-        if change:
-            self._report.changes.append((self._report.count, change))
+        if change := self._budget.follow(self._footprint.held(), self._footprint.addresses()):
+            self._tell(change, logging.INFO)
         repeated, budget = 0, self._budget.now
         failed: tuple[TrainPlan, Exception] | None = None
         while True:
@@ -305,8 +309,6 @@ class TrainStep:
                     give_back()
                 plan, passes = self._preparation.plan(inputs, targets, budget)
             self._last = plan
-            self._report.changes += [(self._report.count, change) for change in self._preparation.changes]
-            self._preparation.changes.clear()
             update = self._update_for(plan)
             self._tighten(plan)
             snapshot = Snapshot(self._inner)
@@ -360,9 +362,7 @@ class TrainStep:
                 f"the step ran out of memory on the smallest plan as well ({format_bytes(plan.predicted_peak)} "
                 f"predicted): {str(error).splitlines()[0]}; the model is as it was before the step"
             ) from error
-        what = f"out of memory on a plan of {format_bytes(plan.predicted_peak)}; again in {format_bytes(smaller)}"
-        log.warning("%s", what)
-        self._report.changes.append((self._report.count, what))
+        self._tell(f"out of memory on a plan of {format_bytes(plan.predicted_peak)}; again in {format_bytes(smaller)}")
         self._budget.lower(smaller)
         return smaller
 
@@ -381,8 +381,7 @@ class TrainStep:
         budget = min(budget, plan.budget)
         heap = NoHeap() if self._policy is MallocPolicy.STRICT else None
         ceiling = budget + _ENFORCED if self._enforce else None
-        still = plan.static.total - plan.static.gradients
-        return HeapGuard(self._footprint.base, budget, ceiling, still=still, heap=heap)
+        return HeapGuard(self._footprint.base, budget, ceiling, still=plan.static.still, heap=heap)
 
     def _limited(self, plan: TrainPlan) -> Any:
         if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):
@@ -431,14 +430,13 @@ class TrainStep:
             return  # no plan would be left; the report tells what was measured
         self._preparation.reserve(slack)
         what = f"{format_bytes(slack)} more set aside for what kernels and the allocator take beside tensors"
-        self._report.changes.append((self._report.count, what))
+        self._tell(what, logging.INFO)
 
     def _note(self, outcome: Outcome, record: StepRecord, start: float) -> None:
         peak = self._footprint.peak()
-        seconds = time.perf_counter() - start
         self._learn(peak, record)
         spilled = self._written() - record.spilled
-        self._report.add(replace(record, seconds=seconds, measured_peak=peak, spilled=spilled))
+        self._report.add(replace(record, seconds=time.perf_counter() - start, measured_peak=peak, spilled=spilled))
 
     # -- small things --------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.profiler import profile, record_function
 
+from narrowboat.machine.malloc import trim
 from narrowboat.train.measure.calls import Call
 from narrowboat.train.random_state import RandomState
 from narrowboat.train.tape.structure import BackwardEvent, Tape, TapeOp
@@ -30,6 +31,7 @@ log = logging.getLogger("narrowboat")
 _PREFIX = "narrowboat call "
 _Each = TypeVar("_Each", TapeOp, BackwardEvent)
 _SMALLEST = 256 << 10  # bytes of a call's tensors; below it no kernel takes much
+_LARGE = 1 << 20
 _ERROR = 2  # of c10's levels of logging
 
 
@@ -94,6 +96,8 @@ def measured(calls: list[Call]) -> dict[str, Taken]:
             for number, call in enumerate(calls):
                 with contextlib.suppress(Exception):  # zeros are not for every operator
                     _call(number, call)
+                if call.nbytes >= _LARGE:
+                    trim(refill=False)  # or the holes of all of them add up
         spans = _taken(profiled.kineto_results.events())
     except (RuntimeError, AttributeError) as error:  # at work already; or another torch's
         log.debug("kernels' scratch memory is not measured: %s", error)

@@ -25,7 +25,8 @@ class Foreseen:
         replayed_seconds: time of the replays, by the measured times.
         where: the module at work at the worst moment.
         gradients: bytes of parameters' gradients that are there at the worst moment of the backward pass.
-        loads: for each kernel, bytes held before it, and those that it takes in all.
+        anew: bytes of kernels that did not fit into the room that was given beside what is held: the system hands
+            them out once more.
     """
 
     peak: int
@@ -35,26 +36,23 @@ class Foreseen:
     replayed_seconds: float
     where: str
     gradients: int = 0
-    loads: tuple[tuple[int, int], ...] = ()
-
-    def anew(self, room: int) -> int:
-        """Bytes of kernels that do not fit into ``room`` beside what is held: they are taken from the system again."""
-        return sum(taken for held, taken in self.loads if held + taken > room)
+    anew: int = 0
 
 
-def foresee(tape: Tape, plan: StepPlan, in_flight: int = 0) -> Foreseen:
+def foresee(tape: Tape, plan: StepPlan, in_flight: int = 0, room: int | None = None) -> Foreseen:
     """Count a step.
 
     Args:
         tape: the pass, with its backward.
         plan: compiled for it.
         in_flight: bytes that the spill pool may hold at any moment.
+        room: bytes that the allocator may keep; None for any number.
     """
-    return _Count(tape, plan, in_flight).run()
+    return _Count(tape, plan, in_flight, room).run()
 
 
 class _Count:
-    def __init__(self, tape: Tape, plan: StepPlan, in_flight: int) -> None:
+    def __init__(self, tape: Tape, plan: StepPlan, in_flight: int, room: int | None) -> None:
         self._tape = tape
         self._plan = plan
         self._users: dict[_Copy, int] = {}
@@ -70,7 +68,8 @@ class _Count:
         self._where = ["", ""]
         self._live = 0
         self._gradients = self._gradients_then = 0
-        self._loads: list[tuple[int, int]] = []
+        self._room = room
+        self._anew = 0
 
     def run(self) -> Foreseen:
         self._forward()
@@ -85,7 +84,7 @@ class _Count:
             replayed_seconds=self._plan.replayed_seconds,
             where=self._where[worst],
             gradients=self._gradients_then if worst else 0,
-            loads=tuple(self._loads),
+            anew=self._anew,
         )
 
     def _turnover(self, index: int) -> int:
@@ -106,8 +105,8 @@ class _Count:
             self._held -= self._tape.storages[copy[0]].nbytes
 
     def _load(self, taken: int) -> None:
-        if taken:
-            self._loads.append((self._held + self._extra + self._live, taken))
+        if self._room is not None and self._held + self._extra + self._live + taken > self._room:
+            self._anew += taken
 
     def _note(self, phase: int, more: int, where: str) -> None:
         total = self._held + self._extra + self._live + more

@@ -13,6 +13,7 @@ from torch import nn
 
 from narrowboat.errors import NarrowboatError
 from narrowboat.machine.data_limit import is_out_of_memory
+from narrowboat.machine.malloc import trim
 from narrowboat.train.failures import failure_of
 from narrowboat.train.measure.fake import fake_walk
 from narrowboat.train.measure.fit import alike, at_batch, with_times
@@ -54,14 +55,13 @@ class Study:
     _times: Tape | None = None
     _kernels: Kernels = field(default_factory=Kernels)
 
-    def allow(self, nbytes: int) -> bool:
-        """Let kernels be tried whose tensors take so much; whether that is more than before."""
-        more = nbytes > self._kernels.limit
-        self._kernels.limit = max(nbytes, self._kernels.limit)
-        return more
+    @property
+    def room(self) -> int:
+        """Bytes that a kernel's tensors may take for it to be tried; may be set."""
+        return self._kernels.limit
 
-    def confine(self, nbytes: int) -> None:
-        """Try no kernels whose tensors take more, until ``allow``."""
+    @room.setter
+    def room(self, nbytes: int) -> None:
         self._kernels.limit = nbytes
 
     def tape(self, batch: int) -> Tape:
@@ -94,6 +94,7 @@ class Study:
         """Run real passes over so many samples, and take their durations."""
         walks = []
         for size in sizes:
+            trim(refill=False)  # what was tried before left its holes
             try:
                 walks.append(real_walk(model, forward, inputs, targets, size))
             except Exception as error:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from narrowboat.errors import UsageError
+from narrowboat.errors import BudgetError, UsageError
 from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes, parse_bytes
 from narrowboat.stream.auto import Hysteresis, initial_budget, memory_pressure
@@ -50,6 +52,17 @@ class BudgetInForce:
             raise UsageError(f"budget={value!r}: give a positive number of bytes")
         self.now = self.given
         self._hysteresis = Hysteresis(floor=1, ceiling=self.given)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """A refusal inside says so where less is in force than was given."""
+        try:
+            yield
+        except BudgetError as error:
+            if self.now >= self.given:
+                raise
+            less = f"; {format_bytes(self.given)} were given, and the machine can spare no more now"
+            raise BudgetError(f"{error}{less}", minimum=error.minimum, limiter=error.limiter) from error
 
     def lower(self, value: int) -> None:
         """Less from now on; it may grow back."""

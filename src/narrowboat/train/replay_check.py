@@ -13,6 +13,7 @@ from narrowboat.machine.data_limit import is_out_of_memory
 from narrowboat.train.measure.real import untouched
 from narrowboat.train.micro_batch import batch_size, copied, rows
 from narrowboat.train.plan import Planner
+from narrowboat.train.tape.cells import fingerprint
 from narrowboat.train.tape.frames import StepPlan
 from narrowboat.train.tape.run import TapeRun, without_autocast
 
@@ -38,7 +39,7 @@ def keep_what_differs(planner: Planner, model: nn.Module, forward: Forward, inpu
 
 
 def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: Any, targets: Any) -> frozenset[int]:
-    """Storages that replays bring back with other bits, seen in one pass over two samples.
+    """Storages that replays bring back with other bits, or whose replay moves a buffer, in one pass over two samples.
 
     Memory that an operator leaves unwritten (the workspaces of recurrent layers) may differ without harm: where the
     gradients have the bits of the plain pass, nothing is wrong.
@@ -56,10 +57,10 @@ def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: An
     few = [rows(tree, samples, 0, min(samples, _SAMPLES)) for tree in (inputs, targets)]
     run = TapeRun(step, check=True)
     try:
-        again = _gradients(model, forward, few, run)
-        if not run.wrong or _same(again, _gradients(model, forward, few, None)):
-            return frozenset()
-        return frozenset(run.wrong)
+        again, moving = _gradients(model, forward, few, run)
+        if not run.wrong or _same(again, _gradients(model, forward, few, None)[0]):
+            return frozenset(moving)
+        return frozenset(run.wrong | moving)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -68,7 +69,9 @@ def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: An
         run.close()
 
 
-def _gradients(model: nn.Module, forward: Forward, few: list[Any], run: TapeRun | None) -> Gradients:
+def _gradients(model: nn.Module, forward: Forward, few: list[Any], run: TapeRun | None) -> tuple[Gradients, set[int]]:
+    """The gradients; and what is made by operators whose replay wrote to a buffer without saying so."""
+    moving: set[int] = set()
     some_inputs, some_targets = copied(few[0]), copied(few[1])
     with untouched(model):
         if run is None:
@@ -76,9 +79,15 @@ def _gradients(model: nn.Module, forward: Forward, few: list[Any], run: TapeRun 
         else:
             with run.forward():
                 loss = forward(some_inputs, some_targets)
+        buffers = list(model.buffers())
+        before = [buffer.clone() for buffer in buffers]
         with without_autocast():
             loss.backward()
-        return [parameter.grad for parameter in model.parameters()]
+        if run is not None:
+            pairs = zip(buffers, before, strict=True)
+            changed = [now for now, then in pairs if fingerprint(now) != fingerprint(then)]
+            moving = run.made_from(changed) if changed else set()
+        return [parameter.grad for parameter in model.parameters()], moving
 
 
 def _same(these: Gradients, those: Gradients) -> bool:

@@ -301,7 +301,7 @@ class TrainStep:
         repeated, budget = 0, self._budget.now
         failed: tuple[TrainPlan, Exception] | None = None
         while True:
-            with self._ranks.together():  # a rank that refuses must not leave the others waiting
+            with self._ranks.together(), self._budget.told():  # who refuses must not leave the others waiting
                 if failed is not None:
                     budget = self._less(failed[0], budget, repeated, failed[1])
                     failed = None  # with the frames that the error holds

@@ -103,3 +103,14 @@ def test_a_write_that_fails_leaves_the_state_before_it(tmp_path: Path, monkeypat
         save_run(out, model, optimizer, 8, SETTINGS)
     assert state_path(out).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "out.safetensors.state"]
+
+
+def test_a_flipped_byte_in_a_tensor_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    save_run(out, *_trained(64), 7, SETTINGS)
+    path = state_path(out)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+    with pytest.raises(WeightsFormatError, match="damaged"):
+        open_run(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def open_run(path: Path) -> SavedRun:
     """
     if not path.is_file():
         raise WeightsNotFoundError(f"{path} is no file: give the .state file that a run with --out left")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise WeightsFormatError(f"{path} is no training state that can be read") from error
+    if damaged is not None:
+        raise WeightsFormatError(f"{path} is damaged: {damaged} in it has another checksum; go on from another state")
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling somebody's file fails in many ways

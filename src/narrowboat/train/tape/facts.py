@@ -9,11 +9,16 @@ from typing import Any
 
 import torch
 
-# Their schemas do not say that the running statistics (arguments 3 and 4) are written to.
+# Their schemas do not say that the running statistics are written to. The last three are seen as they are called only
+# under inference mode; elsewhere they come apart into others.
 _SILENT_WRITES = {
     "aten::native_batch_norm": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2),
     "aten::cudnn_batch_norm": (3, 4),
     "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm": (3, 4),
+    "aten::_batch_norm_impl_index": (3, 4),
+    "aten::instance_norm": (3, 4),
 }
 
 _CONTRACTIONS = (

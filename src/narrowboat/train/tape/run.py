@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -345,6 +345,12 @@ class TapeRun(TorchDispatchMode):
             self._open[index] = inner
             for unit in range(inner.plan.start, inner.plan.stop):
                 self._frame_of_unit[unit] = index
+
+    def made_from(self, outside: Iterable[torch.Tensor]) -> set[int]:
+        """Numbers of storages made by noted operators that read one of these tensors from outside."""
+        addresses = {tensor.untyped_storage()._cdata for tensor in outside}
+        readers = (op for op in self._ops.values() if any(address in addresses for address, _ in op.outside))
+        return {number for op in readers for _, number in op.created}
 
     def close(self) -> None:
         """Let go of everything; the graph of this pass can no longer be used."""

@@ -24,6 +24,7 @@ import gc
 import json
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--splits", nargs="*", type=int, default=[2, 4, 8], help="batch over static micro-batch")
     parser.add_argument("--rounds", type=int, default=3, help="timed children of every setting")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of every child")
-    parser.add_argument("--settling", type=int, default=1, help="steps between the first and the timed ones")
+    # The check of splitting is made again after the 1st, 2nd and 4th step, and takes longer than a step.
+    parser.add_argument("--settling", type=int, default=4, help="steps between the first and the timed ones")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds of one child")
     parser.add_argument("--ablation", action="store_true", help="also without each technique, and with each alone")
@@ -113,7 +115,7 @@ def _measure(arguments: argparse.Namespace, told: dict[str, Any], kept: Path) ->
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.models:
         campaign = Campaign(name, arguments.batches[name], options, lambda text: print(text, flush=True))
-        told["models"][name] = campaign.run()
+        told["models"][name] = {"measured": _how(), **campaign.run()}
         kept.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -126,16 +128,19 @@ def _import_for_children(models: list[str]) -> None:
     gc.freeze()
 
 
+def _how() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    options = [each for each in sys.argv[1:] if "/" not in each and each not in ("--work", "--out")]
+    return f"{time.strftime('%Y-%m-%d')}, commit {commit or 'unknown'}: {' '.join(options)}"
+
+
 def _machine(threads: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "cores": os.cpu_count(),
         "threads": threads,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
     }
 
 

@@ -65,7 +65,16 @@ def write_markdown(path: Path, told: dict[str, Any]) -> None:
     present = {record["subject"] for model in told["models"].values() for record in model["records"]}
     lines += [f"- {SUBJECTS[name].label}: {SUBJECTS[name].note}." for name in SUBJECTS if _noted(name, present)]
     for model in told["models"].values():
-        lines += ["", f"## {heading(model)}", "", *budget_table(model), "", *setting_table(model)]
+        lines += [
+            "",
+            f"## {heading(model)}",
+            "",
+            f"Measured {model['measured']}",
+            "",
+            *budget_table(model),
+            "",
+            *setting_table(model),
+        ]
         lines += failures(model)
         if model["ablation"]:
             lines += ["", f"### {model['model']}: each technique", "", *ablation_table(model)]

@@ -231,7 +231,7 @@ def _told_by(step: Any) -> dict[str, Any]:
     return told
 
 
-TECHNIQUES = ("accumulate", "recompute", "reduce", "low_memory", "compact", "fuse", "spill")
+TECHNIQUES = ("accumulate", "recompute", "reduce", "low_memory", "compact", "fuse", "spill", "state")
 
 SUBJECTS: dict[str, Subject] = {
     "plain": Subject("plain PyTorch", _plain),

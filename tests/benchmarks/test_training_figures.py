@@ -222,6 +222,7 @@ def _told(*records: dict[str, Any], ablation: list[dict[str, Any]] | None = None
         "minimum": {"bytes": 350},
         "records": list(records),
         "ablation": ablation or [],
+        "measured": "today",
     }
     return {"machine": {"cores": 2}, "models": {"resnet50": model}}
 

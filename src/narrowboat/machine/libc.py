@@ -14,10 +14,8 @@ def libc() -> Any:
     address, size = ctypes.c_void_p, ctypes.c_size_t
     _typed(found, "malloc", address, size)
     _typed(found, "free", None, address)
-    _typed(found, "posix_memalign", ctypes.c_int, ctypes.POINTER(address), size, size)
     _typed(found, "sbrk", address, ctypes.c_ssize_t)
     _typed(found, "madvise", ctypes.c_int, address, size, ctypes.c_int)
-    _typed(found, "mincore", ctypes.c_int, address, size, ctypes.c_char_p)
     _typed(found, "mallopt", ctypes.c_int, ctypes.c_int, ctypes.c_int)
     _typed(found, "malloc_trim", ctypes.c_int, size)
     return found

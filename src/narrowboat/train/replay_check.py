@@ -79,14 +79,11 @@ def _gradients(model: nn.Module, forward: Forward, few: list[Any], run: TapeRun 
         else:
             with run.forward():
                 loss = forward(some_inputs, some_targets)
-        buffers = list(model.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        before = [(buffer, fingerprint(buffer)) for buffer in model.buffers()] if run is not None else []
         with without_autocast():
             loss.backward()
         if run is not None:
-            pairs = zip(buffers, before, strict=True)
-            changed = [now for now, then in pairs if fingerprint(now) != fingerprint(then)]
-            moving = run.made_from(changed) if changed else set()
+            moving = run.made_from(buffer for buffer, bits in before if fingerprint(buffer) != bits)
         return [parameter.grad for parameter in model.parameters()], moving
 
 

@@ -64,6 +64,16 @@ def test_a_masked_mean_is_not_split_from_the_first_padded_batch_on() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_the_batch_that_meets_a_new_plan_is_looked_at_too() -> None:
+    model = language_model()
+    step = train_step(model, masked_mean, torch.optim.SGD(model.parameters(), 0.5), budget="1GiB", micro_batches=4)
+    for _ in range(3):
+        step(TOKENS, TOKENS)
+    step.budget = "1023MiB"  # so that this batch is planned for anew
+    with pytest.raises(TrainingError, match="micro_batches=4 would not give"):
+        step(padded(TOKENS), padded(TOKENS))
+
+
 def test_micro_batches_that_stop_being_exact_are_an_error_and_nothing_is_changed() -> None:
     model = language_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)

@@ -123,8 +123,6 @@ class Preparation:
         """
         key, samples = signature(self.inner, inputs, targets), samples_in(inputs, targets)
         measured = key in self._planners and samples <= self._planners[key].batch
-        if measured:
-            self._check_again(key, inputs, targets, budget)
         if not measured or (key, budget) not in self._plans:
             with self._as_before():
                 if not measured:
@@ -138,16 +136,22 @@ class Preparation:
                         least = self._planners[key].minimum()[0]
                         self._planners[key].reserve(max(0, min(self._left, budget - least)))
                     self._forget_plans(key)
-                self._plans[(key, budget)] = self._planners[key].make(budget)
-            log.info("plan for %s:\n%s", format_bytes(budget), self._plans[(key, budget)])
+                self._plan_for(key, budget)
+        # The plan may be new while the batch it was found splittable with is not: another budget, bytes set aside.
+        if measured and self._plans[(key, budget)].parts > 1 and not self._still_splits(key, inputs, targets):
+            self._plan_for(key, budget)
         plan = self._plans[(key, budget)]
         return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
 
-    def _check_again(self, key: Hashable, inputs: Any, targets: Any, budget: int) -> None:
+    def _plan_for(self, key: Hashable, budget: int) -> None:
+        self._plans[(key, budget)] = plan = self._planners[key].make(budget)
+        log.info("plan for %s:\n%s", format_bytes(budget), plan)
+
+    def _still_splits(self, key: Hashable, inputs: Any, targets: Any) -> bool:
         """What the first batch allowed is looked at again from time to time, while such batches are split."""
-        plan, watch = self._plans.get((key, budget)), self._watches.get(key)
-        if plan is None or watch is None or plan.parts < 2 or not watch.due(inputs, targets):
-            return
+        watch = self._watches[key]
+        if not watch.due(inputs, targets):
+            return True
         try:
             with self._as_before():
                 samples, copies = self._rooms[key].for_check()
@@ -161,7 +165,7 @@ class Preparation:
             self.tell(f"such batches are no longer split: {reason}")
             self._planners[key].keep_whole(reason)
             self._forget_plans(key)
-            del self._watches[key]
+        return not reason
 
     def _forget_plans(self, key: Hashable) -> None:
         self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}

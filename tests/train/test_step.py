@@ -233,6 +233,22 @@ def test_a_refusal_names_the_minimum_and_the_minimum_passes(name: str) -> None:
     assert step.plan.predicted_peak <= refused.value.minimum == step.plan.min_budget
 
 
+def test_a_refusal_of_one_byte_knows_what_kernels_hold_inside() -> None:
+    def refused_in(budget: int) -> int:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 48, 3), nn.Flatten(), nn.LazyLinear(10))
+        model(x)
+        step = train_step(model, cross_entropy, torch.optim.SGD(model.parameters(), 0.1), budget=budget, adapt=False)
+        with step, pytest.raises(BudgetError) as refused:
+            step.prepare(x, y)
+        return refused.value.minimum
+
+    x, y = torch.rand(8, 3, 64, 64), torch.randint(0, 10, (8,))
+    # oneDNN's scratch memory is tried out where it fits: into a budget that is nearly enough it does.
+    least = refused_in(1)
+    assert refused_in(least - (64 << 10)) == pytest.approx(least, rel=0.002)
+
+
 @pytest.mark.parametrize("name", ["resnet", "counting", "spectral norm"])
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(name: str) -> None:
     case = CASES[name]

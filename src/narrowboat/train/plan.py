@@ -39,6 +39,7 @@ class Premises:
         techniques: what may be used.
         rates: of the machine.
         in_flight: bytes that the spill pool may hold.
+        spare: bytes that the machine has for trying kernels that the budget has no room for.
         slack: bytes of the allocator beyond tensors, as measured; 0 before that.
         unsafe: storages whose replay was seen to give other bits.
         accumulate: micro-batches may be used.
@@ -53,6 +54,7 @@ class Premises:
     techniques: Techniques = field(default_factory=Techniques)
     rates: Rates = field(default_factory=Rates)
     in_flight: int = 0
+    spare: int = 0
     slack: int = 0
     unsafe: frozenset[int] = frozenset()
     accumulate: bool = True
@@ -324,10 +326,7 @@ class Planner:
         Raises:
             BudgetError: none does; with the minimum, what sets it, and what would lower it.
         """
-        if budget > self._study.room:
-            self._study.room = budget
-            self._chains.clear()
-            self._least = self._plain = None
+        self._try_kernels(budget)
         plain = self._plain_within(budget)
         if plain is not None:
             return plain
@@ -360,6 +359,13 @@ class Planner:
         if best is None:
             raise self._refusal(budget)
         return best
+
+    def _try_kernels(self, nbytes: int) -> None:
+        """Take what kernels hold inside into account, of all whose tensors fit into so many bytes."""
+        if nbytes > self._study.room:
+            self._study.room = nbytes
+            self._chains.clear()
+            self._least = self._plain = None
 
     def _plain_within(self, budget: int) -> TrainPlan | None:
         """The plain step where it fits; the planner's slots are too coarse to see that at the last bytes."""
@@ -453,6 +459,9 @@ class Planner:
 
     def _refusal(self, budget: int) -> BudgetError:
         least, limiter = self.minimum()
+        while self._study.room < min(least, self.premises.spare):  # or a budget of the minimum is refused in its turn
+            self._try_kernels(min(least, self.premises.spare))
+            least, limiter = self.minimum()
         lifts = []
         if self.premises.splittable:
             lifts.append(f"the batch is not split ({self.premises.splittable})")

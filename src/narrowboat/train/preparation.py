@@ -256,6 +256,7 @@ class Preparation:
             techniques=self.switches.planner,
             rates=self.rates,
             in_flight=self.in_flight,
+            spare=spare,
             accumulate=self.switches.accumulate,
             parts=self.micro_batches,
             joint=study(self.inner, together, inputs, targets).timed_as(made) if passes.lockstep else None,

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from narrowboat.errors import TrainingError, UsageError
+from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes
 from narrowboat.train.budget import BudgetInForce
 from narrowboat.train.forked import Home
@@ -224,6 +225,7 @@ class PlannedForward:
 
         made = study(self._model, forward, inputs, None)
         static = self._static(inputs, output_bytes.at(made.batch))
+        made.room = self.budget
         room = self.budget - static.total
         sizes = tuple(size for size in timing_sizes(made.batch) if made.tape(size).saved_bytes * 1.5 < room)
         if sizes:
@@ -234,6 +236,7 @@ class PlannedForward:
             techniques=self._techniques,
             rates=self._rates,
             in_flight=_IN_FLIGHT + (self._pool.staging_bytes if self._pool is not None else 0),
+            spare=memory_limits().available + static.weights,
             parts=1,
         )
         planner = Planner(made, premises)

@@ -43,6 +43,12 @@ def test_only_the_adapters_are_trained(block: Block) -> None:
     assert {id(p) for p in block.parameters() if p.requires_grad} == {id(p) for p in parameters}
 
 
+def test_one_target_is_a_whole_name_and_no_part_of_one(block: Block) -> None:
+    block.proj = nn.Linear(6, 6)
+    add_lora(block, rank=2, targets="q_proj")
+    assert isinstance(block.q_proj, LoraLinear) and not isinstance(block.proj, LoraLinear)
+
+
 def test_the_answer_is_that_of_the_paper(block: Block) -> None:
     plain = copy.deepcopy(block.q_proj)
     add_lora(block, rank=2, alpha=6, targets=["q_proj"])

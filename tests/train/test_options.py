@@ -172,3 +172,15 @@ def test_a_path_of_a_folder_is_no_mistake(tmp_path: Path) -> None:
     for spill in (tmp_path, str(tmp_path)):
         with nb.train_step(model, F.cross_entropy, adam(model), budget="1GiB", spill=spill) as step:
             step(*vectors(16)[0])
+
+
+def test_sparse_gradients_are_refused_before_an_optimizer_that_does_not_step_them() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    batch = torch.randint(50, (6, 2)), torch.randint(3, (6,))
+    said = refusal(TrainingError, lambda: nb.train_step(model, cross_entropy, adam(model)))
+    assert said.startswith("0 makes sparse gradients, which AdamW does not step: make it with sparse=False")
+    before = model[0].weight.detach().clone()
+    nb.train_step(model, cross_entropy, torch.optim.SGD(model.parameters(), 0.1), budget="1GiB")(*batch)
+    assert not torch.equal(model[0].weight, before)
+    model[0].weight.requires_grad_(False)
+    nb.train_step(model, cross_entropy, adam(model), budget="1GiB")(*batch)

@@ -50,6 +50,21 @@ class Front(nn.Module):
         return self.head(F.relu(self.back(y.clone())).mean((2, 3)))
 
 
+class Quantized(nn.Module):
+    """What cannot be called again on plain memory lies in the midst of what can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.back = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(6)))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        rounded = torch.quantize_per_tensor(y.detach(), 0.1, 0, torch.qint8).dequantize()
+        return self.head(self.back(y * rounded).mean((2, 3)))
+
+
 def batches() -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(3)
     return [(torch.randn(8, 3, 16, 16, generator=draw), torch.randint(10, (8,), generator=draw)) for _ in range(3)]
@@ -67,3 +82,14 @@ def test_buffers_move_once_although_the_smallest_plan_computes_again(kind: str) 
     assert step.report().steps[-1].replays > 0
     for (name, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_does_not_run_again_is_kept_and_the_rest_is_recomputed() -> None:
+    torch.manual_seed(1)
+    model = Quantized()
+    losses = plain(copy_of(model), batches())
+    step = narrow(model, batches()[0])
+    assert [step(x, y).item() for x, y in batches()] == losses
+    assert step.report().steps[-1].replays > 0
+    assert any("their replay gave other bits" in reason for reason in step.plan.refused)

@@ -59,7 +59,7 @@ def add_lora(
     model: nn.Module,
     rank: int = 8,
     alpha: float = 16.0,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: str | Sequence[str] = ("q_proj", "v_proj"),
     dropout: float = 0.0,
 ) -> list[nn.Parameter]:
     """Freeze a model and put adapters beside its linear layers; returns what is trained, for the optimizer.
@@ -70,7 +70,7 @@ def add_lora(
         model: changed in place. All its parameters are frozen.
         rank: of the adapters.
         alpha: their weight is ``alpha / rank``.
-        targets: the last part of the names of the layers, e.g. ``"q_proj"``.
+        targets: the last parts of the names of the layers, e.g. ``"q_proj"``; one or several.
         dropout: on the adapters' inputs, in training mode.
 
     Raises:
@@ -80,6 +80,7 @@ def add_lora(
         raise UsageError(f"rank must be a positive whole number, not {rank!r}")
     if not 0.0 <= dropout < 1.0:
         raise UsageError(f"dropout must be at least 0 and below 1, not {dropout!r}")
+    targets = (targets,) if isinstance(targets, str) else targets
     found = [
         (parent, name, child)
         for parent in model.modules()

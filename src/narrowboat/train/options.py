@@ -18,6 +18,7 @@ from narrowboat.errors import TrainingError, UsageError
 BATCH_NORM = ("auto", "never", "lockstep", "ghost", "frozen")
 _OF_A_SCALER = ("scale", "unscale_", "step", "update")
 _PLAIN = "train this model without narrowboat"
+_STEP_SPARSE = (torch.optim.SGD, torch.optim.Adagrad)
 
 
 def check_names(function: Callable[..., Any], given: Iterable[str]) -> None:
@@ -114,6 +115,13 @@ def check_optimizer(model: nn.Module, optimizer: Any) -> None:
             "SparseAdam steps sparse gradients, whose bytes cannot be foreseen: make the embeddings dense "
             f"(nn.Embedding(..., sparse=False)) and use AdamW or SGD, or {_PLAIN}"
         )
+    sparse = next((name for name, module in model.named_modules() if _has_sparse_gradients(module)), None)
+    kind = type(optimizer)
+    if sparse is not None and kind.__module__.startswith("torch.optim") and not isinstance(optimizer, _STEP_SPARSE):
+        raise TrainingError(
+            f"{sparse} makes sparse gradients, which {kind.__name__} does not step: make it with sparse=False, or use "
+            "SGD"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strange = sum(id(parameter) not in own for parameter in held)
@@ -122,6 +130,10 @@ def check_optimizer(model: nn.Module, optimizer: Any) -> None:
             f"{strange} of the optimizer's {len(held)} parameters are not the model's: build the optimizer from "
             "model.parameters() of this very model, after moving it to its device"
         )
+
+
+def _has_sparse_gradients(module: nn.Module) -> bool:
+    return getattr(module, "sparse", False) is True and any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def folder_of(spill: Any) -> Path | None:

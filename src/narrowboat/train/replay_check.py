@@ -31,15 +31,19 @@ def keep_what_differs(planner: Planner, model: nn.Module, forward: Forward, inpu
         planner: of this model.
         model, forward, inputs, targets: as for ``check_replays``.
     """
-    everything = planner.replay_of_everything()
-    wrong = check_replays(model, forward, everything, inputs, targets) if everything is not None else None
-    if wrong:
-        log.warning("%d activations do not come back bit by bit and are kept instead", len(wrong))
+    unsafe = planner.premises.unsafe
+    # Until it is well: an operator that fails hides what comes after it.
+    while (everything := planner.replay_of_everything()) is not None:
+        wrong = check_replays(model, forward, everything, inputs, targets)
+        if wrong <= planner.premises.unsafe:
+            break
         planner.forget(wrong)
+    if found := planner.premises.unsafe - unsafe:
+        log.warning("%d activations do not come back bit by bit and are kept instead", len(found))
 
 
 def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: Any, targets: Any) -> frozenset[int]:
-    """Storages that replays bring back with other bits, or whose replay moves a buffer, in one pass over two samples.
+    """Storages that replays bring back with other bits or not at all, or whose replay moves a buffer; over two samples.
 
     Memory that an operator leaves unwritten (the workspaces of recurrent layers) may differ without harm: where the
     gradients have the bits of the plain pass, nothing is wrong.
@@ -62,9 +66,13 @@ def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: An
             return frozenset(moving)
         return frozenset(run.wrong | moving)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            return frozenset()
+        # What does not run again from plain memory (quantized tensors); an error of the model's own comes again.
+        _gradients(model, forward, few, None)
+        if not (failed := run.touched_last()):
             raise
-        return frozenset()
+        return frozenset(failed)
     finally:
         run.close()
 

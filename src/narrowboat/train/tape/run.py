@@ -129,6 +129,7 @@ class TapeRun(TorchDispatchMode):
         self.departed: tuple[int, str, str] | None = None
         self.replays = 0
         self.wrong: set[int] = set()
+        self._running: EncodedOp | None = None
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -327,6 +328,7 @@ class TapeRun(TorchDispatchMode):
                     break  # the pass left its plan before it came here
                 if self._before is not None:
                     self._before(self._plan.takes[index])
+                self._running = op
                 for number, storage in op.run(there.__getitem__):
                     # What was held may have been changed since it was made; this is how it was before.
                     if number not in plan.program.inputs:
@@ -352,12 +354,18 @@ class TapeRun(TorchDispatchMode):
         readers = (op for op in self._ops.values() if any(address in addresses for address, _ in op.outside))
         return {number for op in readers for _, number in op.created}
 
+    def touched_last(self) -> set[int]:
+        """Numbers of what the operator replayed last reads and makes; after an error, of the one that failed."""
+        op = self._running
+        return {*op.read, *(number for _, number in op.created)} if op is not None else set()
+
     def close(self) -> None:
         """Let go of everything; the graph of this pass can no longer be used."""
         for frame in self._open.values():
             frame.drop()
         self._open.clear()
         self._ops.clear()
+        self._running = None
         self._aliases.clear()
         for cell in list(self._cells.values()):
             cell.drop()

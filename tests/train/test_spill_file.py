@@ -106,8 +106,9 @@ def test_a_full_disk_is_told_before_anything_is_lost(small_disk: Path) -> None:
         pool.release(half)
         pool.write(made(MIB // 2, 2))
         assert raw(pool.read(other)) == raw(made(MIB // 4, 1))
-    with pytest.raises(SpillError, match="No space left"):
-        SpillPool(small_disk, in_flight=MIB, capacity_hint=2 * MIB)
+        with pytest.raises(SpillError, match="No space left"):
+            pool.ensure(2 * MIB)
+        assert raw(pool.read(other)) == raw(made(MIB // 4, 1))
     assert os.statvfs(small_disk).f_bfree == os.statvfs(small_disk).f_blocks, "nothing is left"
 
 
@@ -133,7 +134,8 @@ def test_a_limit_on_files_is_told(pool: SpillPool) -> None:
 
 
 def test_capacity_is_reserved_at_once(tmp_path: Path) -> None:
-    with SpillPool(tmp_path, in_flight=MIB, capacity_hint=3 * MIB) as pool:
+    with SpillPool(tmp_path, in_flight=MIB) as pool:
+        pool.ensure(3 * MIB)
         assert (pool.file_bytes, pool.spilled_bytes) == (3 * MIB, 0)
         pool.write(made(3 * MIB))
         assert pool.file_bytes == 3 * MIB

@@ -8,16 +8,17 @@ is taken: that gives SAGE's order where small micro-batches cost nothing, and re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from narrowboat.errors import BudgetError
 from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, frontier, solve
 from narrowboat.quantities import format_apart, format_bytes
 from narrowboat.train.heap_guard import usable
-from narrowboat.train.measure.chain import Rates, Techniques, TrainingChain, build_chain
+from narrowboat.train.measure.chain import Rates, TrainingChain, build_chain
 from narrowboat.train.measure.simulate import Foreseen, foresee
 from narrowboat.train.measure.study import Study
+from narrowboat.train.premises import Premises
 from narrowboat.train.static import StaticBytes
 from narrowboat.train.tape.frames import StepPlan, compile_plan
 from narrowboat.train.tiers import Tier
@@ -27,40 +28,6 @@ MARGIN_LEAST = 1 << 20
 _ROOMS = (1.3, 1.2, 1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # times the room, largest first
 _ANEW = 3e-10  # seconds per byte that the system hands out once more: cleared, in pages of 4 KiB and of 2 MiB
 _KEPT_BY_HEAP = 1.6  # resident memory over live tensors with glibc's own policy, on convolutional networks
-
-
-@dataclass(frozen=True, slots=True)
-class Premises:
-    """What a plan is made from.
-
-    Attributes:
-        tiers: where gradients and optimizer state may be, quickest first.
-        splittable: why the batch must not be split; "" if it may.
-        techniques: what may be used.
-        rates: of the machine.
-        in_flight: bytes that the spill pool may hold.
-        spare: bytes that the machine has for trying kernels that the budget has no room for.
-        slack: bytes of the allocator beyond tensors, as measured; 0 before that.
-        unsafe: storages whose replay was seen to give other bits.
-        accumulate: micro-batches may be used.
-        parts: the number of micro-batches, if it is given.
-        joint: passes of micro-batches that are all under way at once and meet at each BatchNorm; None where they
-            follow each other.
-        notes: what else was not used, and why.
-    """
-
-    tiers: tuple[Tier, ...]
-    splittable: str = ""
-    techniques: Techniques = field(default_factory=Techniques)
-    rates: Rates = field(default_factory=Rates)
-    in_flight: int = 0
-    spare: int = 0
-    slack: int = 0
-    unsafe: frozenset[int] = frozenset()
-    accumulate: bool = True
-    parts: int | None = None
-    joint: Study | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +147,22 @@ class Planner:
 
     def forget(self, unsafe: frozenset[int]) -> None:
         """Plan anew without replaying these storages."""
-        self.premises = replace(self.premises, unsafe=self.premises.unsafe | unsafe)
-        self._chains.clear()
-        self._least = self._plain = None
+        self.plan_from(replace(self.premises, unsafe=self.premises.unsafe | unsafe))
 
     def keep_whole(self, reason: str) -> None:
         """Do not split such batches any more."""
         self.premises = replace(self.premises, splittable=reason)
         self._least = None
+
+    def without_storage(self, reason: str) -> None:
+        """Put no activations on storage any more."""
+        self.plan_from(replace(self.premises, rates=Rates(), no_storage=reason))
+
+    def plan_from(self, premises: Premises) -> None:
+        """Plan from other premises from now on."""
+        self.premises = premises
+        self._chains.clear()
+        self._least = self._plain = None
 
     def reserve(self, slack: int) -> None:
         """Keep so many more bytes free of tensors."""
@@ -447,7 +422,7 @@ class Planner:
         if premises.splittable:
             reasons.append(f"micro-batches: {premises.splittable}")
         if premises.rates.write is None:
-            reasons.append("activations on storage: no folder was given (spill=)")
+            reasons.append(f"activations on storage: {premises.no_storage}")
         for name in ("recompute", "reduce", "compact", "spill"):
             if not getattr(premises.techniques, name):
                 reasons.append(f"{name}: switched off")

@@ -33,11 +33,13 @@ from narrowboat.train.measure.study import Study, study, timing_sizes
 from narrowboat.train.micro_batch import batch_size, is_whole, samples_in, whole
 from narrowboat.train.options import check_parts
 from narrowboat.train.passes import Backward, Passes
-from narrowboat.train.plan import Planner, Premises, TrainPlan
+from narrowboat.train.plan import Planner, TrainPlan
+from narrowboat.train.premises import Premises
 from narrowboat.train.quiet import quiet_on_fake_tensors
 from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool
+from narrowboat.train.spill_room import plan_with_room
 from narrowboat.train.split_check import SplitVerdict, check_splits
 from narrowboat.train.split_watch import SplitWatch
 from narrowboat.train.static import StaticBytes, batch_bytes, static_bytes
@@ -144,7 +146,7 @@ class Preparation:
         return (plan.for_samples(samples) if samples < self._planners[key].batch else plan), self._passes[key]
 
     def _plan_for(self, key: Hashable, budget: int) -> None:
-        self._plans[(key, budget)] = plan = self._planners[key].make(budget)
+        self._plans[(key, budget)] = plan = plan_with_room(self._planners[key], budget, self.pool, self.tell)
         log.info("plan for %s:\n%s", format_bytes(budget), plan)
 
     def _still_splits(self, key: Hashable, inputs: Any, targets: Any) -> bool:

@@ -33,11 +33,13 @@ from narrowboat.train.measure.study import study, timing_sizes
 from narrowboat.train.micro_batch import batch_size, mapped, samples_in, tensors_in
 from narrowboat.train.open_run import OpenRun
 from narrowboat.train.options import arguments_of, check_model, folder_of
-from narrowboat.train.plan import Planner, Premises, TrainPlan
+from narrowboat.train.plan import Planner, TrainPlan
+from narrowboat.train.premises import Premises
 from narrowboat.train.quiet import quiet_on_fake_tensors
 from narrowboat.train.replay_check import keep_what_differs
 from narrowboat.train.signature import signature
 from narrowboat.train.spill import SpillPool, measure_bandwidth
+from narrowboat.train.spill_room import plan_with_room
 from narrowboat.train.state import state_bytes
 from narrowboat.train.static import StaticBytes, static_bytes
 from narrowboat.train.switches import Switches
@@ -208,7 +210,7 @@ class PlannedForward:
             planner = self._planners[key] = self._measured(inputs)
             self._plans.pop(key, None)
         if key not in self._plans:
-            self._plans[key] = planner.make(self.budget)
+            self._plans[key] = plan_with_room(planner, self.budget, self._pool, log.warning)
             log.info("plan for %s:\n%s", format_bytes(self.budget), self._plans[key])
         return self._plans[key]
 

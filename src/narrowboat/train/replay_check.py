@@ -43,7 +43,7 @@ def keep_what_differs(planner: Planner, model: nn.Module, forward: Forward, inpu
 
 
 def check_replays(model: nn.Module, forward: Forward, step: StepPlan, inputs: Any, targets: Any) -> frozenset[int]:
-    """Storages that replays bring back with other bits or not at all, or whose replay moves a buffer; over two samples.
+    """Storages that replays bring back with other bits or not at all, or that move a buffer; over two samples.
 
     Memory that an operator leaves unwritten (the workspaces of recurrent layers) may differ without harm: where the
     gradients have the bits of the plain pass, nothing is wrong.

@@ -7,6 +7,7 @@ back. Whole storages travel, not tensors: views share them, and what is written 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 from narrowboat.errors import SpillError
 from narrowboat.train.spill_file import CHUNK, SpillFile, fresh_storage
 
+log = logging.getLogger("narrowboat")
 _LEAST = 1 << 20  # bytes that a folder must have room for
 
 
@@ -75,19 +77,18 @@ class SpillPool:
         folder: where the file is; it must exist and be writable.
         in_flight: bytes of memory that the pool may hold in storages being written or read ahead. A single larger
             storage is written alone. The staging buffer (``staging_bytes``) comes on top.
-        capacity_hint: bytes to reserve in the folder at once, so that a disk too small is met before the first step.
 
     Attributes:
         seconds_waiting: how long callers have waited for the storage.
 
     Raises:
-        SpillError: no such folder, not writable, or ``capacity_hint`` bytes are not free.
+        SpillError: no such folder, or not writable.
         MemoryError: no memory for the staging buffer.
     """
 
     staging_bytes = CHUNK
 
-    def __init__(self, folder: str | Path, *, in_flight: int, capacity_hint: int = 0) -> None:
+    def __init__(self, folder: str | Path, *, in_flight: int) -> None:
         self._file = SpillFile(folder)
         self._in_flight = in_flight
         self._lock = threading.Lock()
@@ -98,8 +99,8 @@ class SpillPool:
         # Executors keep no reference to the pool, so a pool that is dropped ends its threads and its file.
         self._writer = ThreadPoolExecutor(1, "narrowboat-spill-writer")
         self._reader = ThreadPoolExecutor(1, "narrowboat-spill-reader")
-        if capacity_hint > 0:
-            self._file.free(self._file.reserve(capacity_hint), capacity_hint)
+        if self._file.in_memory:
+            log.warning("spill folder %s is kept in memory: spilling there saves none", self.folder)
 
     @property
     def folder(self) -> Path:
@@ -139,6 +140,16 @@ class SpillPool:
         with self._lock:
             self._settle()
             return self._holding()
+
+    def ensure(self, nbytes: int) -> None:
+        """Have so many bytes of the folder at hand, so that a disk too small is met before anything is written.
+
+        Raises:
+            SpillError: it has no such room; nothing is changed.
+        """
+        with self._lock:
+            self._check()
+            self._file.free(self._file.reserve(nbytes), nbytes)
 
     def start(self) -> None:
         """Start the threads now: their stacks count as data, so before a data limit is set."""

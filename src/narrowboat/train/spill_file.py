@@ -87,6 +87,7 @@ class SpillFile:
     Attributes:
         direct: the page cache is passed by.
         refusal: why not, in words; empty if it is.
+        in_memory: the folder is.
         bytes_written: bytes given to the file so far, the padding to whole pages included.
         bytes_read: likewise.
 
@@ -103,7 +104,7 @@ class SpillFile:
         self._slots = Slots()
         self._count = threading.Lock()
         try:
-            in_memory = filesystem_of(self.folder) in ("tmpfs", "ramfs")
+            self.in_memory = filesystem_of(self.folder) in ("tmpfs", "ramfs")
             self._fd = _nameless(self.folder)
             # A second description of the same file: the flag can then be chosen call by call.
             self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
@@ -116,8 +117,6 @@ class SpillFile:
         except OSError as error:
             raise MemoryError(f"cannot allocate {format_bytes(CHUNK)} to write activations from") from error
         self._staging_address = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
-        if in_memory:
-            log.warning("spill folder %s is kept in memory: spilling there saves none", self.folder)
 
     @property
     def closed(self) -> bool:

@@ -16,13 +16,12 @@ from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.plan.table import PlanTable, TableRow
 from narrowboat.quantities import format_bytes, format_seconds
-from narrowboat.report.picture import require_matplotlib, save_png
+from narrowboat.report.cost_curve import ALERT, MIB, CostCurve
 from narrowboat.report.run import run_model
 from narrowboat.stream.prepare import Prepared
 
 _POINTS = 32
 _MEASURED = 6
-_MIB = 1 << 20
 
 
 def pareto(
@@ -118,41 +117,26 @@ def draw_curve(
         UsageError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    figure = require_matplotlib()(figsize=(8, 4.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.step(
-        [p.budget / _MIB for p in points],
+    curve = CostCurve(
+        [p.budget for p in points],
         [p.predicted_latency * 1e3 for p in points],
-        where="post",
-        color="#3b7dd8",
-        label="predicted",
+        ylabel="ms per pass",
+        title=title,
     )
-    bound = [(p.budget / _MIB, p.lower_bound * 1e3) for p in points if p.lower_bound]
-    axes.plot(*zip(*bound, strict=True), color="#b0b0b0", linewidth=1, linestyle="--", label="no plan can be faster")
+    bound = [(p.budget / MIB, p.lower_bound * 1e3) for p in points if p.lower_bound]
+    curve.axes.plot(
+        *zip(*bound, strict=True), color="#b0b0b0", linewidth=1, linestyle="--", label="no plan can be faster"
+    )
     bend = knee(points)
     marks = [(points[0], "smallest", "o"), (points[-1], "all resident" if not points[-1].streamed else "best", "s")]
     if bend is not None:
         marks.insert(1, (bend, "knee", "D"))
     for plan, name, marker in marks:
-        axes.plot(
-            plan.budget / _MIB,
-            plan.predicted_latency * 1e3,
-            marker,
-            color="#1f3b66",
-            label=f"{name}: {format_bytes(plan.budget)}, {plan.predicted_latency * 1e3:.0f} ms",
-        )
+        milliseconds = plan.predicted_latency * 1e3
+        curve.mark(plan.budget, milliseconds, marker, f"{name}: {format_bytes(plan.budget)}, {milliseconds:.0f} ms")
     if measured:
-        axes.plot(
-            [b / _MIB for b, _ in measured], [s * 1e3 for _, s in measured], "x", color="#d1495b", label="measured"
-        )
+        seen = [b / MIB for b, _ in measured], [s * 1e3 for _, s in measured]
+        curve.axes.plot(*seen, "x", color=ALERT, label="measured")
     if target is not None:
-        axes.axhline(
-            target * 1e3, color="#d1495b", linewidth=0.8, linestyle=":", label=f"target {target * 1e3:.0f} ms"
-        )
-    axes.set_xlabel("budget, MiB")
-    axes.set_ylabel("ms per pass")
-    axes.set_ylim(bottom=0)
-    axes.set_title(title)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.25)
-    save_png(figure, Path(path))
+        curve.line(f"target {target * 1e3:.0f} ms", cost=target * 1e3)
+    curve.save(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from narrowboat.plan.curve import budgets
 from narrowboat.quantities import format_bytes
-from narrowboat.report.picture import require_matplotlib, save_png
+from narrowboat.report.cost_curve import CostCurve
 from narrowboat.report.trainee import StepOptions, make_model, make_step
 from narrowboat.train.plan import TrainPlan
 from narrowboat.train.recipes.goal import find_goal
@@ -19,7 +19,6 @@ from narrowboat.zoo.resolve import resolve_model
 _POINTS = 16
 _BEYOND = (1.1, 1.25, 1.5)
 _WORTH = 0.005  # less time than that is no reason for more bytes
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +141,15 @@ def draw_time_curve(
         UsageError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    figure = require_matplotlib()(figsize=(8, 4.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.step(
-        [point.budget / _MIB for point in points],
+    curve = CostCurve(
+        [point.budget for point in points],
         [point.slowdown for point in points],
-        where="post",
-        color="#3b7dd8",
-        label="predicted",
+        ylabel="time of a step, times the plain one's",
+        title=title,
     )
     for point, name, marker in ((points[0], "smallest", "o"), (points[-1], "fastest", "s")):
-        axes.plot(
-            point.budget / _MIB,
-            point.slowdown,
-            marker,
-            color="#1f3b66",
-            label=f"{name}: {format_bytes(point.budget)}, {point.slowdown:.2f} times",
-        )
+        label = f"{name}: {format_bytes(point.budget)}, {point.slowdown:.2f} times"
+        curve.mark(point.budget, point.slowdown, marker, label)
     if budget is not None and points[0].budget <= budget <= points[-1].budget:
-        axes.axvline(
-            budget / _MIB, color="#d1495b", linewidth=0.8, linestyle=":", label=f"budget {format_bytes(budget)}"
-        )
-    axes.set_xlabel("budget, MiB")
-    axes.set_ylabel("time of a step, times the plain one's")
-    axes.set_ylim(bottom=0)
-    axes.set_title(title)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.25)
-    save_png(figure, Path(path))
+        curve.line(f"budget {format_bytes(budget)}", budget=budget)
+    curve.save(path)

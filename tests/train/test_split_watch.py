@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,42 @@ def test_a_masked_mean_is_not_split_from_the_first_padded_batch_on() -> None:
     assert any("no longer split" in change for _, change in step.report().changes)
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def number_regression(kind: str, number: int) -> tuple[torch.Tensor, Any]:
+    """Inputs and targets; from the seventh batch on samples differ in how much of them counts."""
+    draw = torch.Generator().manual_seed(number)
+    x = torch.randn(16, 12, 4, generator=draw).double()
+    lengths = torch.arange(16) % 9 + 2 if number >= 6 else torch.full((16,), 12)
+    mask = torch.arange(12) < lengths[:, None]
+    y = x.sum(-1)
+    weights = torch.where(lengths < 12, lengths / 12, 1.0).double()
+    given = {"float": (y, mask.double()), "bool": (y, mask), "lengths": (y, lengths), "weights": (y, weights)}
+    return x, given.get(kind, y.masked_fill(~mask, torch.nan))
+
+
+def weighed(out: torch.Tensor, targets: Any) -> torch.Tensor:
+    y, mask = targets if isinstance(targets, tuple) else (targets.nan_to_num(), ~targets.isnan())
+    if mask.dim() == 1 and not mask.is_floating_point():
+        mask = torch.arange(12) < mask[:, None]
+    elif mask.dim() == 1:
+        mask = mask[:, None].expand_as(y)
+    mask = mask.double()
+    return ((out.squeeze(-1) - y).square() * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "lengths", "weights", "nan"])
+def test_masks_of_any_kind_that_begin_later_are_looked_at_when_they_do(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    step = train_step(model, weighed, torch.optim.SGD(model.parameters(), 0.1), budget="1GiB", micro_batches=4)
+    for number in range(6):  # the check is due before the 2nd, 3rd, 5th and 9th
+        x, targets = number_regression(kind, number)
+        with torch.no_grad():
+            expected = float(weighed(model(x), targets))
+        assert float(step(x, targets)) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(TrainingError, match="micro_batches=4 would not give"):
+        step(*number_regression(kind, 6))
 
 
 def test_the_batch_that_meets_a_new_plan_is_looked_at_too() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +25,7 @@ from narrowboat.train.containers import Containers
 from narrowboat.train.footprint import Footprint
 from narrowboat.train.fuse import Fusion
 from narrowboat.train.lockstep import run_as_one_of_many
-from narrowboat.train.loss import LossPlan, call_loss
+from narrowboat.train.loss import LossPlan
 from narrowboat.train.loss_trace import plan_loss
 from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.measure.chain import Rates
@@ -157,7 +157,7 @@ class Preparation:
         try:
             with self._as_before():
                 samples, copies = self._rooms[key].for_check()
-                verdict = self._tried(self._passes[key].loss_plan, samples, copies, inputs, targets)
+                verdict = self._tried(self._passes[key].loss_plan, samples, copies, inputs, targets, watch.newly)
         finally:
             trim(refill=False)
         # No room, or not to be told from these samples: what was found before holds.
@@ -313,12 +313,21 @@ class Preparation:
         verdict = self._tried(loss_plan, *room.for_check(), inputs, targets)
         return "there is no room to try it on two samples" if verdict is None else self._reason_of(verdict)
 
-    def _tried(self, loss_plan: LossPlan, samples: int, copies: int, inputs: Any, targets: Any) -> SplitVerdict | None:
+    def _tried(
+        self, loss_plan: LossPlan, samples: int, copies: int, inputs: Any, targets: Any, features: Sequence[int] = ()
+    ) -> SplitVerdict | None:
         """A few samples whole and in parts; None where there is no room for two."""
         if samples < 2:
             return None
         return check_splits(
-            self.inner, self.loss_fn, inputs, targets, loss_plan, call=call_loss, samples=samples, copy_limit=copies
+            self.inner,
+            self.loss_fn,
+            inputs,
+            targets,
+            loss_plan,
+            samples=samples,
+            copy_limit=copies,
+            features=features,
         )
 
     def _reason_of(self, verdict: SplitVerdict) -> str:

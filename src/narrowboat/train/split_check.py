@@ -17,7 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from narrowboat.errors import LossError
 from narrowboat.train.loss import LossPlan, call_loss
 from narrowboat.train.loss_trace import Call
-from narrowboat.train.micro_batch import batch_size, cut, has_rows, mapped, tensors_in
+from narrowboat.train.micro_batch import batch_size, cut, has_rows, mapped
+from narrowboat.train.sample_marks import marks, spread
 from narrowboat.train.undisturbed import undisturbed
 
 # Relative error of the whole gradient that rounding explains. A model in float64 may still compute parts of itself in
@@ -59,6 +60,7 @@ def check_splits(
     call: Call = call_loss,
     samples: int = 4,
     copy_limit: int = 64 << 20,
+    features: Sequence[int] = (),
 ) -> SplitVerdict:
     """Compare the gradient of a few samples with the weighted sum over their parts, equal and unequal (1 + the rest).
 
@@ -70,15 +72,16 @@ def check_splits(
     Args:
         model, loss_fn, inputs, targets, call: as for :func:`narrowboat.train.loss_trace.plan_loss`.
         plan: the weights to try.
-        samples: how many of the batch to use, chosen to differ in their number of padded and ignored positions.
+        samples: how many of the batch to use, chosen to differ in padding, masks, lengths and weights.
         copy_limit: bytes that the float64 copy may take.
+        features: of ``sample_marks`` that they should differ in before others.
 
     Raises:
         LossError: the loss is not a scalar.
     """
     if batch_size(inputs, targets) < 2:
         return SplitVerdict("unknown", "a batch of one sample says nothing about splitting")
-    inputs, targets = _few(inputs, targets, samples)
+    inputs, targets = _few(inputs, targets, spread(marks(inputs, targets), samples, features))
     reason = ""
     for subject in _subjects(model, loss_fn, inputs, targets, copy_limit):
         trial = _Trial(*subject, plan, call)
@@ -245,26 +248,9 @@ def _subjects(
     yield model, loss_fn, inputs, targets
 
 
-def marks(inputs: Any, targets: Any) -> Tensor:
-    """For each sample, how many zeros and negatives there are among its integers: padding, ignored targets, masks."""
-    size = batch_size(inputs, targets)
-    found = torch.zeros(size)
-    for tensor in tensors_in((inputs, targets)):
-        if has_rows(tensor, size) and not tensor.is_floating_point() and not tensor.is_complex():
-            found += (tensor <= 0).reshape(size, -1).sum(1).cpu()
-    return found
-
-
-def _few(inputs: Any, targets: Any, samples: int) -> tuple[Any, Any]:
-    """Up to ``samples`` samples, those with the fewest and the most zeros and negatives among their integers.
-
-    Padding and ignored targets are such; samples that have equally many would hide a wrong weight.
-    """
-    size = batch_size(inputs, targets)
-    order = marks(inputs, targets).argsort(stable=True).tolist()
-    take = min(samples, size)
-    chosen = torch.tensor(order[: take - take // 2] + order[size - take // 2 :])
-    few = mapped(lambda t: t[chosen.to(t.device)] if has_rows(t, size) else t, (inputs, targets))
+def _few(inputs: Any, targets: Any, chosen: list[int]) -> tuple[Any, Any]:
+    size, places = batch_size(inputs, targets), torch.tensor(chosen)
+    few = mapped(lambda t: t[places.to(t.device)] if has_rows(t, size) else t, (inputs, targets))
     return few[0], few[1]
 
 

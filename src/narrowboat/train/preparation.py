@@ -42,7 +42,7 @@ from narrowboat.train.spill import SpillPool
 from narrowboat.train.spill_room import plan_with_room
 from narrowboat.train.split_check import SplitVerdict, check_splits
 from narrowboat.train.split_watch import SplitWatch
-from narrowboat.train.static import StaticBytes, batch_bytes, static_bytes
+from narrowboat.train.static import StaticBytes, batch_bytes, state_there, static_bytes
 from narrowboat.train.switches import Switches
 from narrowboat.train.tape.structure import Tape
 from narrowboat.train.tiers import tiers
@@ -134,9 +134,10 @@ class Preparation:
                         self._measure(key, inputs, targets, budget)
                     if self.footprint is not None:
                         self._left += self.footprint.left_behind()
-                        # It is there, whether the step is refused or not.
-                        least = self._planners[key].minimum()[0]
-                        self._planners[key].reserve(max(0, min(self._left, budget - least)))
+                        # It is there, whether the step is refused or not: no reason to refuse what another process
+                        # was told to be the minimum, where it may be some bytes less.
+                        room = budget - self._planners[key].minimum()[0]
+                        self._planners[key].reserve(self._left if room < 0 else min(self._left, room))
                     self._forget_plans(key)
                 self._plan_for(key, budget)
         # The plan may be new while the batch it was found splittable with is not: another budget, bytes set aside.
@@ -156,7 +157,7 @@ class Preparation:
             return True
         try:
             with self._as_before():
-                samples, copies = self._rooms[key].for_check()
+                samples, copies = self._rooms[key].for_check(state_there(self.optimizer))
                 verdict = self._tried(self._passes[key].loss_plan, samples, copies, inputs, targets, watch.newly)
         finally:
             trim(refill=False)
@@ -310,7 +311,7 @@ class Preparation:
         moving = modules_that_move_with_each_pass(self.inner)
         if moving:
             return f"{moving[0]} changes with each forward pass"
-        verdict = self._tried(loss_plan, *room.for_check(), inputs, targets)
+        verdict = self._tried(loss_plan, *room.for_check(state_there(self.optimizer)), inputs, targets)
         return "there is no room to try it on two samples" if verdict is None else self._reason_of(verdict)
 
     def _tried(
@@ -355,8 +356,12 @@ class _Room:
     nbytes: int
     spare: int
 
-    def for_check(self) -> tuple[int, int]:
-        """Samples for the check of splitting (none where not even two fit), and bytes for a float64 copy."""
+    def for_check(self, state: int) -> tuple[int, int]:
+        """Samples for the check of splitting (none where not even two fit), and bytes for a float64 copy.
+
+        Args:
+            state: bytes of the optimizer's state that are there.
+        """
         if self.study.batch < 2:
             return 0, 0
         held = 0
@@ -366,11 +371,11 @@ class _Room:
             tape = self.study.tape(samples)
             held = int(tape.saved_bytes * 1.5)
             # The copy, its gradients, and activations of twice the bytes.
-            copies = (self.nbytes - 2 * held - _columns(tape)) // 2
+            copies = (self.nbytes - state - 2 * held - _columns(tape)) // 2
             if copies > 0:
                 return samples, min(copies, _COPY)
         # In the model's own precision.
-        return (2 if held <= max(self.nbytes, self.spare) else 0), 0
+        return (2 if held <= max(self.nbytes, self.spare) - state else 0), 0
 
 
 def _columns(tape: Tape) -> int:

@@ -94,7 +94,15 @@ def batch_bytes(inputs: Any, targets: Any) -> int:
 
 def model_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of host memory that the model and the optimizer hold now; stand-ins hold none."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *_state(optimizer)]
     return _distinct(tensor for tensor in tensors if tensor.device.type == "cpu")
+
+
+def state_there(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state that are in memory now; before the first step there is none."""
+    return _distinct(_state(optimizer))
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, torch.Tensor)]

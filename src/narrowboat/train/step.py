@@ -327,7 +327,7 @@ class TrainStep:
                             outcome = passes.run(plan, inputs, targets, before=guard.before)
                     else:
                         outcome = passes.run(plan, inputs, targets, update.begin, before=guard.before)
-                guard.end(plan.static.temporaries)
+                guard.end(update.takes(plan.static))
                 break
             except BaseException as error:
                 if not update.repeatable:

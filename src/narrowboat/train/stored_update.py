@@ -15,6 +15,7 @@ from torch import nn
 
 from narrowboat.errors import TrainingError
 from narrowboat.train.state import GradientStore, StoredOptimizer
+from narrowboat.train.static import StaticBytes
 from narrowboat.train.tiers import Tier
 from narrowboat.train.weights import TrainingWeights
 
@@ -84,6 +85,10 @@ class StoredUpdate:
     def begin(self, last: bool) -> None:
         """A backward pass follows."""
         self._store.attach()
+
+    def takes(self, static: StaticBytes) -> int:
+        """Bytes that ``finish`` takes beside what is there."""
+        return static.temporaries
 
     def finish(self) -> None:
         """All backward passes are done: clip, step each bucket, and commit."""

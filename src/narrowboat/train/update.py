@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from narrowboat.train.state import BucketedOptimizer, GradientStore, InBackward, StoredOptimizer
+from narrowboat.train.static import StaticBytes
 from narrowboat.train.tiers import Tier
 
 
@@ -82,6 +83,11 @@ class Update:
         """A backward pass follows."""
         if self._steps is not None:
             self._steps.begin(last)
+
+    def takes(self, static: StaticBytes) -> int:
+        """Bytes that ``finish`` takes beside what is there: temporaries, and in the first step the state."""
+        made = static.optimizer if self._stored is None and not self._optimizer.state else 0
+        return static.temporaries + made
 
     def finish(self) -> None:
         """All backward passes are done: clip and step."""

@@ -261,11 +261,11 @@ class Meter(TorchDispatchMode):
         events: list[BackwardEvent] = []
         live = grown = 0
         for kind, number, saved_at, size, seconds in self._changes:
-            if number in self._gradients:
-                grown += size
-                continue
             if kind in ("born", "died"):
-                live += size if kind == "born" else -size
+                if number in self._gradients:
+                    grown += size  # what it was summed from may still be there
+                else:
+                    live += size if kind == "born" else -size
                 call = self._calls.get(number) if kind == "born" else None
                 events.append(BackwardEvent("live", number, 0, live, seconds, grown, call=call))
             else:

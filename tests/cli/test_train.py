@@ -278,7 +278,8 @@ def test_a_signal_ends_it_after_the_step_and_what_was_trained_is_saved(tmp_path:
 def test_an_image_that_cannot_be_read_ends_it_with_its_name_and_what_was_trained(
     narrowboat: Any, pictures: Path, tmp_path: Path
 ) -> None:
-    (pictures / "red" / "7.png").write_bytes(b"no image")
+    bad = pictures / "red" / "7.png"
+    bad.write_bytes(bad.read_bytes()[:45])  # begins as an image does
     out = tmp_path / "out.safetensors"
     finished = narrowboat(
         *("train", "trained_models:colour", "--data", pictures, *BUDGET, "--batch", 2, "--val", 0, "--out", out),
@@ -287,6 +288,13 @@ def test_an_image_that_cannot_be_read_ends_it_with_its_name_and_what_was_trained
     assert finished.code == 2
     assert "7.png is no image that can be read" in finished.err
     assert f"saved as it was after step {torch.load(f'{out}.state', weights_only=True)['steps']}" in finished.err
+
+
+def test_a_file_that_is_no_image_is_named_before_any_training(narrowboat: Any, pictures: Path) -> None:
+    (pictures / "red" / "7.png").write_bytes(b"no image")
+    finished = narrowboat("train", "trained_models:colour", "--data", pictures, *BUDGET, "--batch", 2)
+    assert finished.code == 2
+    assert "7.png is no image that can be read" in finished.err and "step" not in finished.out
 
 
 @pytest.mark.parametrize(
@@ -307,6 +315,7 @@ def test_an_image_that_cannot_be_read_ends_it_with_its_name_and_what_was_trained
         (("trained_models:net", "--data", "digits", "--out", "no/where.safetensors"), 2, "there is no folder"),
         (("trained_models:net", "--data", "digits", "--out", "empty"), 2, "is a folder"),
         (("trained_models:net", "--data", "digits", "--out", "x.pt"), 2, "PyTorch file"),
+        (("trained_models:bytes_", "--data", "short.txt", "--out", "short.txt"), 2, "short.txt is not named so"),
         (("trained_models:net", "--data", "digits", "--length", "3"), 2, "--length"),
         (("trained_models:two", "--data", "digits"), 2, "has 10 classes, and the model tells 2 apart"),
         (("trained_models:net", "--data", "empty.txt"), 2, "takes images"),
@@ -342,6 +351,13 @@ def test_a_refused_budget_has_its_minimum_and_that_is_enough(narrowboat: Any) ->
     assert accepted.code == 0, accepted.err
     plan = accepted.json()["plan"]
     assert plan["predicted_peak_bytes"] <= error["minimum"] < plan["plain_peak_bytes"]
+
+
+def test_a_curve_that_could_not_be_written_is_refused_before_planning(narrowboat: Any, tmp_path: Path) -> None:
+    finished = narrowboat("plan", "--train", "trained_models:net", *BUDGET, "--curve", tmp_path / "no" / "c.png")
+    assert finished.code == 2 and "there is no folder" in finished.err
+    finished = narrowboat("plan", "trained_models:net", "--curve", tmp_path)
+    assert finished.code == 2 and "is a folder" in finished.err
 
 
 def test_a_training_plan_has_its_classes_of_bytes_and_a_curve(narrowboat: Any, tmp_path: Path) -> None:

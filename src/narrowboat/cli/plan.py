@@ -78,6 +78,10 @@ def plan(
     Exit code 1 if the budget cannot hold the model; the message (with --json the document) has the smallest that can.
     """
     _check_options(context, train)
+    if curve is not None:
+        from narrowboat.report.picture import check_picture
+
+        check_picture(curve)
     if train:
         from narrowboat.cli.plan_train import plan_train
 

@@ -23,6 +23,19 @@ def require_matplotlib() -> Any:
     return Figure
 
 
+def check_picture(path: Path) -> None:
+    """Refuse, before anything is worked out, a picture that could not be written in the end.
+
+    Raises:
+        UsageError: there is no such folder, ``path`` is a folder, or matplotlib is not installed.
+    """
+    require_matplotlib()
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give the name of the PNG file to write")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+
+
 def save_png(figure: Any, path: Path) -> None:
     """Write ``figure`` to ``path`` through a temporary name.
 

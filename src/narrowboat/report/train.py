@@ -242,6 +242,8 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
     if out.suffix.lower() in TORCH_SUFFIXES:
         raise UsageError(f"{out} is the name of a PyTorch file; call it {out.stem}.safetensors")
+    if out.suffix.lower() != ".safetensors":  # what is there already may be something else, as the text to learn
+        raise UsageError(f"weights are written as safetensors, and {out} is not named so: {out.name}.safetensors")
 
 
 def _is_text(path: Path) -> bool:

@@ -69,19 +69,19 @@ def test_a_folder_that_is_no_data_set_is_refused(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_an_image_that_cannot_be_read_is_named(folder: Path, content: bytes) -> None:
+def test_a_file_that_is_no_image_is_named_at_once(folder: Path, content: bytes) -> None:
     (folder / "sky" / "broken.png").write_bytes(content)
-    data = ImageFolder(folder, (3, 4, 4), ZERO, ONE)
     with pytest.raises(UsageError, match=r"broken\.png is no image that can be read"):
-        [data[i] for i in range(len(data))]
+        ImageFolder(folder, (3, 4, 4), ZERO, ONE)
 
 
 def test_a_torn_image_is_named(folder: Path) -> None:
     path = folder / "sky" / "a.png"
     _image(path, (1, 2, 3), (200, 200))
     path.write_bytes(path.read_bytes()[:-60])
+    data = ImageFolder(folder, (3, 4, 4), ZERO, ONE)
     with pytest.raises(UsageError, match=r"a\.png is no image that can be read"):
-        ImageFolder(folder, (3, 4, 4), ZERO, ONE)[2]
+        data[2]
 
 
 def test_digits_are_as_the_package_has_them_or_larger() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset
 from narrowboat.errors import UsageError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_LOOKED_AT = 20_000  # files whose beginnings are read before any training; some seconds
 Triple = tuple[float, float, float]
 
 
@@ -20,7 +23,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Images and their classes, which are the subfolders of ``root`` in alphabetical order.
 
     An image is cut to the wanted shape around its middle and resized (bicubic); images in deeper folders belong to
-    the subfolder's class. Files are opened when they are needed and none is held.
+    the subfolder's class. Files are read when they are needed and none is held; that they begin as images do is seen
+    at once.
 
     Args:
         root: the folder.
@@ -31,7 +35,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         classes: names.
 
     Raises:
-        UsageError: no such folder, fewer than two classes, a class without images, or another number of channels.
+        UsageError: no such folder, fewer than two classes, a class without images, a file that is no image, or another
+            number of channels.
     """
 
     def __init__(self, root: Path, shape: tuple[int, int, int], mean: Triple, std: Triple) -> None:
@@ -53,6 +58,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             if not found:
                 raise UsageError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
             self._images += [(each, number) for each in found]
+        for path, _ in self._images[:_LOOKED_AT]:
+            _look_at(path)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -67,19 +74,33 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return normalised(_pixels(path, self._shape), self._mean, self._std), label
 
 
-def _pixels(path: Path, shape: tuple[int, int, int]) -> Tensor:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The image, of which only the beginning is read so far."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ModuleNotFoundError as error:
         raise UsageError("reading images needs a package: pip install 'narrowboat[train]'") from error
-    channels, height, width = shape
     try:
         with Image.open(path) as file:
-            image: Any = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+            yield file
     except Exception as error:  # PIL's decoders raise whatever they stumble over
         told = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{path} is no image that can be read: {told}") from error
+
+
+def _look_at(path: Path) -> None:
+    with _opened(path):
+        pass
+
+
+def _pixels(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    channels, height, width = shape
+    with _opened(path) as file:
+        from PIL import Image, ImageOps
+
+        image: Any = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.array(image, dtype=numpy.float32) / 255.0)
     return pixels.reshape(height, width, channels).permute(2, 0, 1)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import narrowboat.train.step
-from narrowboat.errors import SpillError
+from narrowboat.errors import BudgetError, SpillError
+from narrowboat.train.plan import Planner, TrainPlan
+from narrowboat.train.spill_room import plan_with_room
+from narrowboat.train.step import TrainStep
 from train_kit import copy_of, mlp
-from train_step_kit import narrow, plain, same, stepped, vectors
+from train_step_kit import narrow, same, vectors
 
 pytestmark = pytest.mark.usefixtures("small_things_count")
 PAGE = 4096
@@ -36,25 +39,38 @@ def files_no_larger_than(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def wide() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Activations that are worth the buffers of a spill file."""
-    torch.manual_seed(0)
-    layers = (layer for _ in range(12) for layer in (nn.Linear(128, 128), nn.Tanh()))
-    return nn.Sequential(*layers, nn.Linear(128, 10)), [(torch.randn(4096, 128), torch.randint(10, (4096,)))] * 2
+class Planned(Planner):
+    """A planner with one plan that spills and one that does not."""
+
+    def __init__(self, step: TrainStep, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        real = step._preparation.planner(*batch)
+        super().__init__(real._study, real.premises)
+        self.spilling, self.refuses = real.make(step.budget), False
+
+    def make(self, budget: int) -> TrainPlan:
+        if self.premises.rates.write is not None:
+            return self.spilling
+        if self.refuses:
+            raise BudgetError("a training step needs more", minimum=budget + 1)
+        return replace(self.spilling, refused=tuple(self._refused()), spilled=0, foreseen=None)
 
 
 @pytest.mark.usefixtures("fast_storage")
-def test_without_room_the_step_recomputes_instead(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, batches = wide()
-    twin = copy_of(model)
-    step = narrow(model, batches[0], 0.6, spill=tmp_path, techniques=["spill", "recompute"])
+def test_without_room_the_next_best_plan_is_taken_from_then_on(tmp_path: Path) -> None:
+    batch = vectors(64)[0]
+    step = narrow(mlp(), batch, 0.4, spill=tmp_path, techniques=["spill"])
+    planner, told, pool = Planned(step, batch), list[str](), step._pool
     with files_no_larger_than(PAGE):
-        losses = stepped(step, batches)
-    assert losses == plain(twin, batches) and same(model, twin)
-    record = step.report().steps[-1]
-    assert record.spilled == 0 and record.replays > 0
-    assert any("activations on storage: reserving" in reason and "ulimit -f" in reason for reason in step.plan.refused)
-    assert "activations stay in memory: reserving" in caplog.text
+        assert plan_with_room(planner, step.budget, None, told.append) is planner.spilling and not told
+        planner.refuses = True
+        with pytest.raises(SpillError, match=r"reserving .* failed: File too large"):
+            plan_with_room(planner, step.budget, pool, told.append)
+        assert planner.premises.rates.write is not None and not told, "there may be room the next time"
+        planner.refuses = False
+        plan = plan_with_room(planner, step.budget, pool, told.append)
+    assert plan.spilled == 0 and "activations stay in memory: reserving" in told[0]
+    assert any("activations on storage: reserving" in reason and "ulimit -f" in reason for reason in plan.refused)
+    assert plan_with_room(planner, step.budget, pool, told.append).spilled == 0 and len(told) == 1
     step.close()
 
 

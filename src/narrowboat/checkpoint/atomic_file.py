@@ -24,12 +24,12 @@ def atomic_file(dest: Path, *, overwrite: bool) -> Iterator[tuple[int, Path]]:
         UsageError: ``dest`` exists and ``overwrite`` is false, is a folder, or has no folder to be in.
         StorageError: another process is writing ``dest``, or the storage failed.
     """
-    _check(dest, overwrite)
+    check_destination(dest, overwrite=overwrite)
     temporary = dest.with_name(f".{dest.name}.packing")
     descriptor = _open_locked(temporary, dest)
     try:
         yield descriptor, temporary
-        _check(dest, overwrite)
+        check_destination(dest, overwrite=overwrite)
         try:
             os.fsync(descriptor)
             os.replace(temporary, dest)
@@ -44,7 +44,12 @@ def atomic_file(dest: Path, *, overwrite: bool) -> Iterator[tuple[int, Path]]:
     _sync_folder(dest.parent)
 
 
-def _check(dest: Path, overwrite: bool) -> None:
+def check_destination(dest: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is worked out, a file that could not be written in the end.
+
+    Raises:
+        UsageError: ``dest`` is a folder, lies in none, or exists and is not to be overwritten.
+    """
     if os.path.isdir(dest):
         raise UsageError(f"{dest} is a folder; give the name of the file to write")
     if not os.path.isdir(dest.parent):

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from narrowboat.checkpoint.atomic_file import check_destination
 from narrowboat.errors import StorageError, UsageError
 from narrowboat.machine.cache import require_ordinary
 
@@ -30,10 +31,7 @@ def check_picture(path: Path) -> None:
         UsageError: there is no such folder, ``path`` is a folder, or matplotlib is not installed.
     """
     require_matplotlib()
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; give the name of the PNG file to write")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}")
+    check_destination(path, overwrite=True)
 
 
 def save_png(figure: Any, path: Path) -> None:

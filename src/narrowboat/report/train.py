@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from narrowboat.checkpoint.atomic_file import check_destination
 from narrowboat.checkpoint.index import TORCH_SUFFIXES
 from narrowboat.errors import NarrowboatError, UsageError
 from narrowboat.profile.warmup import warm_up
@@ -236,10 +237,7 @@ def _report(
 
 def _check_out(out: Path) -> None:
     """Refuse before the training what would fail after it."""
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; give the name of the file to write")
-    if not out.parent.is_dir():
-        raise UsageError(f"cannot write {out}: there is no folder {out.parent}")
+    check_destination(out, overwrite=True)
     if out.suffix.lower() in TORCH_SUFFIXES:
         raise UsageError(f"{out} is the name of a PyTorch file; call it {out.stem}.safetensors")
     if out.suffix.lower() != ".safetensors":  # what is there already may be something else, as the text to learn

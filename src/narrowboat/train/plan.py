@@ -161,8 +161,7 @@ class Planner:
     def plan_from(self, premises: Premises) -> None:
         """Plan from other premises from now on."""
         self.premises = premises
-        self._chains.clear()
-        self._least = self._plain = None
+        self._count_anew()
 
     def reserve(self, slack: int) -> None:
         """Keep so many more bytes free of tensors."""
@@ -339,8 +338,11 @@ class Planner:
         """Take what kernels hold inside into account, of all whose tensors fit into so many bytes."""
         if nbytes > self._study.room:
             self._study.room = nbytes
-            self._chains.clear()
-            self._least = self._plain = None
+            self._count_anew()
+
+    def _count_anew(self) -> None:
+        self._chains.clear()
+        self._least = self._plain = None
 
     def _plain_within(self, budget: int) -> TrainPlan | None:
         """The plain step where it fits; the planner's slots are too coarse to see that at the last bytes."""

@@ -60,7 +60,8 @@ def spread(found: Tensor, samples: int, first: Sequence[int] = ()) -> list[int]:
 
 
 def _of(rows: Tensor) -> Tensor:
-    nothing = rows == 0 if rows.is_floating_point() or rows.dtype == torch.bool else rows <= 0
-    nans = rows.isnan()
-    totals = rows.nan_to_num().sum(dim=1, dtype=torch.float64)
-    return torch.stack([nothing.sum(dim=1).double(), nans.sum(dim=1).double(), totals]).cpu()
+    if rows.is_floating_point():
+        nothing, nans, values = rows == 0, rows.isnan().sum(dim=1), rows.nan_to_num()
+    else:
+        nothing, nans, values = rows <= 0, torch.zeros(len(rows), device=rows.device), rows
+    return torch.stack([nothing.sum(dim=1).double(), nans.double(), values.sum(dim=1, dtype=torch.float64)]).cpu()

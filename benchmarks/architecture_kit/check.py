@@ -177,6 +177,7 @@ def check_variant(
     files: dict[str, Path],
     inputs: dict[str, Any],
     reference: Reference,
+    device: Any = "cpu",
 ) -> Outcome:
     """Stream at the smallest feasible budget and compare with the reference."""
     kind, _, with_example = variant.partition("+")
@@ -185,8 +186,8 @@ def check_variant(
     streamed: Any = None
     try:
         skeleton = build_skeleton(factory)
-        minimum = smallest_budget(skeleton, files[kind], example)
-        streamed = nb.stream(skeleton, files[kind], budget=minimum, example=example)
+        minimum = smallest_budget(skeleton, files[kind], example, device)
+        streamed = nb.stream(skeleton, files[kind], budget=minimum, example=example, device=device)
         for number, (mode, expected) in enumerate(zip(MODES[kind], reference.passes[kind], strict=True)):
             found = difference(expected, run_passes(streamed, inputs, (mode,))[0])
             if found:
@@ -215,10 +216,10 @@ def check_variant(
             nb.session(streamed).close()
 
 
-def smallest_budget(model: Any, weights: Path, example: Any) -> int:
+def smallest_budget(model: Any, weights: Path, example: Any, device: Any = "cpu") -> int:
     """The smallest budget in bytes, as the refusal of one byte tells it."""
     try:
-        nb.stream(model, weights, budget=1, example=example)
+        nb.stream(model, weights, budget=1, example=example, device=device)
     except nb.BudgetError as error:
         return error.minimum
     raise AssertionError("a budget of one byte was accepted")

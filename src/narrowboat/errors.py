@@ -70,6 +70,34 @@ class StorageError(NarrowboatError):
     """The storage failed: I/O error, device gone, disk full."""
 
 
+class DeviceError(NarrowboatError):
+    """Something about an accelerator; base of those below. What is in host memory and on storage is intact."""
+
+
+class NoDeviceError(DeviceError):
+    """There is no such device: no GPU, no driver, torch built without it, or the bindings are not installed."""
+
+
+class DriverTooOldError(DeviceError):
+    """The device or its driver lacks what is needed (virtual memory management: CUDA 10.2 and later)."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device has no such memory free: the budget is above it, or another process took it in the meantime."""
+
+
+class PinnedMemoryError(DeviceError):
+    """The system refuses to pin that much host memory."""
+
+
+class DeviceLostError(DeviceError):
+    """The device stopped answering, or a kernel before failed; sessions on it have to be made anew."""
+
+
+class DeviceOrderError(DeviceError):
+    """Bytes would be used before they are ready, or overwritten while in use: a fault of narrowboat's ordering."""
+
+
 class StreamedModelError(NarrowboatError):
     """An operation that a streamed model cannot do, with what to do instead."""
 

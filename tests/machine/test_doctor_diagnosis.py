@@ -18,6 +18,9 @@ MIB = 1 << 20
 PROBE = StorageProbe(
     "weights", "ext4", True, "", False, 64 * MIB, 0, 2e8, (StorageRow(MIB, 2, False, 9e8, 0.001),), MIB, 2, 9e8, 8e8
 )
+CARD = CudaDevice("Card", 8 << 30, 7 << 30, True, False)
+OLD_CARD = dataclasses.replace(CARD, virtual_memory=False)
+BOARD = dataclasses.replace(CARD, virtual_memory=False, integrated=True)
 
 
 @pytest.fixture
@@ -89,7 +92,11 @@ def test_a_choice_that_cannot_be_kept_is_told(quick: Path, monkeypatch: pytest.M
             "not guaranteed",
         ),
         (doctor.cuda_finding(CudaSupport((), "torch is built without CUDA")), "absent", "without CUDA"),
-        (doctor.cuda_finding(CudaSupport((CudaDevice("Card", 8 << 30, 7 << 30),), "")), "ok", "Card"),
+        (doctor.cuda_finding(CudaSupport((CARD,), "", "13.0", "13.5.0")), "ok", "Card (7.00 GiB of 8.00 GiB free)"),
+        (doctor.cuda_finding(CudaSupport((CARD,), "", "13.0", "13.5.0")), "ok", "CUDA 13.0, bindings 13.5.0"),
+        (doctor.cuda_finding(CudaSupport((CARD,), "", "12.4")), "warn", "no bindings"),
+        (doctor.cuda_finding(CudaSupport((OLD_CARD,), "", "12.4", "12.9.0")), "warn", "no virtual memory"),
+        (doctor.cuda_finding(CudaSupport((BOARD,), "", "12.4", "12.9.0")), "ok", "shares memory with the host"),
         (doctor.allocator_finding("glibc"), "ok", "glibc"),
         (doctor.allocator_finding("jemalloc"), "warn", "jemalloc"),
         (doctor.cgroup_finding(None), "ok", "enforces"),

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,11 @@ def network(seed: int = 0, count: int = 12) -> Workload:
         Block(f"b{i}", n * PAGE, n * PAGE, ((i, i),)) for i, n in enumerate(chance.choices(range(1, 9), k=count))
     )
     return Workload(blocks, tuple(chance.uniform(0, 6e-3) for _ in range(count)))
+
+
+def device(workload: Workload) -> Machine:
+    """Copies four times as fast as storage, and host memory for a third of the weights."""
+    return replace(MACHINE, copy_bandwidth=MACHINE.bandwidth * 4, host_room=workload.weight_bytes // 3, chunk=PAGE)
 
 
 def plans(workload: Workload, machine: Machine = MACHINE) -> list[Plan]:
@@ -115,6 +121,61 @@ def test_rows_of_another_workload_are_left_out() -> None:
         PlanTable.from_json([{"policy": "default"}], {"default": workload}, MACHINE, least)
 
 
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), share=st.floats(0.0, 1.2))
+def test_a_table_of_a_device_read_back_gives_plans_with_their_host_cache(seed: int, share: float) -> None:
+    workload = network(seed)
+    machine = device(workload)
+    table = PlanTable([TableRow("default", plan) for plan in plans(workload, machine)])
+    rows = json.loads(json.dumps(table.to_json()))
+    slower = replace(machine, bandwidth=machine.bandwidth / 2, copy_bandwidth=machine.copy_bandwidth / 2)
+    again = PlanTable.from_json(rows, {"default": workload}, slower, minimum_budget(workload))
+    kept = [(plan.streamed, plan.cached, plan.timing.bytes_copied) for plan in table.plans]
+    assert again.plans
+    assert all((plan.streamed, plan.cached, plan.timing.bytes_copied) in kept for plan in again.plans)
+    least = minimum_budget(workload)[0]
+    row = again.best(least + int(share * (workload.weight_bytes - least)))
+    assert row is not None
+    plan = row.plan
+    assert plan.cached <= set(plan.streamed)
+    assert plan.cached_bytes <= slower.host_room
+    places = [plan.offsets[i] for i in plan.streamed]
+    assert plan.timing == simulate(workload, slower, plan.resident, plan.streamed, places, cached=plan.cached)
+
+
+def test_rows_for_another_host_cache_or_without_a_device_are_left_out() -> None:
+    workload = network()
+    machine, least = device(workload), minimum_budget(workload)
+    rows = PlanTable([TableRow("default", plan) for plan in plans(workload, machine)]).to_json()
+    plain = PlanTable([TableRow("default", plan) for plan in plans(workload)]).to_json()
+    older = [{k: v for k, v in row.items() if k not in ("cached", "host_room", "bytes_copied")} for row in plain]
+
+    def read(rows: list[dict[str, Any]], machine: Machine) -> int:
+        return len(PlanTable.from_json(rows, {"default": workload}, machine, least).rows)
+
+    assert read(rows, machine) == len(rows)
+    for room in (0, machine.host_room - PAGE, machine.host_room + PAGE):
+        assert not read(rows, replace(machine, host_room=room))
+    assert not read(rows, MACHINE)
+    assert read(plain, MACHINE) == read(older, MACHINE) == len(plain)
+    for one_stage in (plain, older):
+        assert not read(one_stage, machine)
+        assert not read(one_stage, replace(machine, host_room=0))
+
+
+def test_a_row_whose_host_cache_does_not_fit_or_is_not_streamed_is_left_out() -> None:
+    workload = network()
+    machine, least = device(workload), minimum_budget(workload)
+    row = next(
+        row
+        for row in PlanTable([TableRow("default", plan) for plan in plans(workload, machine)]).to_json()
+        if row["cached"] and row["resident"]
+    )
+    for cached in (row["streamed"], [*row["cached"][1:], row["resident"][0]], [99]):
+        wrong = {**row, "cached": cached}
+        assert not PlanTable.from_json([wrong], {"default": workload}, machine, least).rows
+
+
 def test_a_row_counts_from_the_budget_it_needs_now() -> None:
     workload = network()
     rows = PlanTable([TableRow("default", plan) for plan in plans(workload)]).to_json()
@@ -141,6 +202,18 @@ def test_advice_names_what_gains_most_first() -> None:
     assert any("budget" in s for s in said)
     assert any("storage twice as fast" in s for s in said)
     assert any("batch of" in s for s in said)
+
+
+def test_on_a_device_that_waits_for_storage_a_host_cache_is_advised() -> None:
+    workload = Workload(tuple(Block(f"b{i}", PAGE, PAGE, ((i, i),)) for i in range(20)), (1e-4,) * 20)
+    waiting = replace(MACHINE, copy_bandwidth=MACHINE.bandwidth * 100, copy_latency=0.0, chunk=PAGE)
+    plan = make_plan(workload, waiting, 4 * PAGE)
+    said = advise(plan, workload.weight_bytes, lambda budget, on: make_plan(workload, on, budget))
+    assert any("a host cache of" in s for s in said)
+    enough = replace(waiting, host_room=workload.weight_bytes)
+    plan = make_plan(workload, enough, 4 * PAGE)
+    said = advise(plan, workload.weight_bytes, lambda budget, on: make_plan(workload, on, budget))
+    assert not any("a host cache of" in s or "storage" in s.split("neither")[0] for s in said)
 
 
 def test_nothing_is_advised_where_computing_sets_the_pace() -> None:

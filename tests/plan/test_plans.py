@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrowboat.errors import BudgetError
-from narrowboat.plan import Block, Machine, Plan, Workload, make_plan, minimum_budget
+from narrowboat.plan import Block, Machine, Plan, Workload, make_plan, minimum_budget, simulate
 from narrowboat.plan.layout import peak_held, place, place_apart
+from narrowboat.plan.make import retime
 from narrowboat.plan.result import summary
 
 PAGE = 4096
 MACHINE = Machine(bandwidth=1e8, read_latency=1e-5)
+DEVICE = replace(MACHINE, copy_bandwidth=1e9)
 
 
 @st.composite
@@ -209,6 +212,72 @@ def test_the_explanation_says_where_the_budget_goes_and_what_limits_it() -> None
     assert told["budget_bytes"] == 200 * PAGE
     assert told["min_budget_bytes"] == plan.minimum == 58 * PAGE + 3 * PAGE
     assert told["bytes_read_per_pass"] == plan.timing.bytes_read
+
+
+@given(workloads(), st.floats(0, 1.2), st.integers(0, 400), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_plan_on_a_device_is_sound_and_caches_what_it_streams(
+    workload: Workload, share: float, pages: int, thorough: bool
+) -> None:
+    minimum, total = least(workload), workload.weight_bytes + workload.fixed_bytes
+    machine = replace(DEVICE, host_room=pages * PAGE)
+    plan = make_plan(workload, machine, minimum + int(max(total - minimum, 0) * share), thorough=thorough)
+    assert_sound(plan, workload)
+    assert plan.cached <= set(plan.streamed)
+    assert plan.cached_bytes == sum(workload.blocks[i].nbytes for i in plan.cached) <= machine.host_room
+    assert plan.predicted_latency >= plan.lower_bound * (1 - 1e-9) - 1e-12
+    assert plan.timing.compute == pytest.approx(sum(workload.step_seconds))
+    places = [plan.offsets[i] for i in plan.streamed]
+    found = simulate(workload, machine, plan.resident, plan.streamed, places, passes=3, cached=plan.cached)
+    assert plan.timing == found
+    if plan.cached == set(plan.streamed):
+        assert plan.timing.bytes_read == 0
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_more_host_memory_is_hardly_slower(network: str) -> None:
+    blocks = tuple(Block(f"layer{i}", n * PAGE, n * PAGE, ((i, i),)) for i, (n, _) in enumerate(NETWORKS[network]))
+    workload = Workload(blocks, tuple(milliseconds * 1e-3 for _, milliseconds in NETWORKS[network]))
+    total = workload.weight_bytes
+    budget = max(least(workload), total // 4)
+    machine = Machine(bandwidth=1e9, read_latency=1e-5, copy_bandwidth=8e9)
+    rooms = [total * i // 20 for i in range(21)]
+    latencies = [
+        make_plan(workload, replace(machine, host_room=room), budget, thorough=True).predicted_latency
+        for room in rooms
+    ]
+    for i, latency in enumerate(latencies):
+        assert latency <= min(latencies[: i + 1]) * 1.05  # sets are tried, not enumerated
+    copying = Machine(bandwidth=8e9, read_latency=1e-5)
+    assert latencies[-1] == pytest.approx(make_plan(workload, copying, budget, thorough=True).predicted_latency)
+
+
+def test_a_plan_timed_anew_keeps_its_host_cache() -> None:
+    workload = Workload(tuple(Block(f"layer{i}", 50 * PAGE, 50 * PAGE, ((i, i),)) for i in range(9)), (1e-3,) * 9)
+    plan = make_plan(workload, replace(DEVICE, host_room=150 * PAGE), 150 * PAGE)
+    assert len(plan.cached) == 3
+    for machine in (plan.machine, replace(DEVICE, bandwidth=1e7, host_room=0)):
+        again = retime(plan, workload, machine)
+        assert again.cached == plan.cached
+        assert again.timing.bytes_read == plan.timing.bytes_read
+    assert again.predicted_latency > plan.predicted_latency
+
+
+def test_the_explanation_of_a_plan_on_a_device_has_its_host_cache_and_both_channels() -> None:
+    workload = Workload(tuple(Block(f"layer{i}", 256 * PAGE, 256 * PAGE, ((i, i),)) for i in range(9)), (1e-3,) * 9)
+    plan = make_plan(workload, replace(DEVICE, host_room=800 * PAGE), 600 * PAGE)
+    lines = str(plan).splitlines()
+    assert "host cache    3.00 MiB in 3 blocks" in lines
+    assert any(line.startswith("reads ") and "at 0.10 GB/s" in line for line in lines)
+    assert any(line.startswith("copies ") and "at 1.00 GB/s to the device" in line for line in lines)
+    told = summary(plan)
+    assert told["host_cache_bytes"] == plan.cached_bytes == 3 << 20
+    assert told["host_cached_blocks"] == 3
+    assert told["bytes_copied_per_pass"] == plan.timing.bytes_copied > plan.timing.bytes_read
+    assert told["copy_bandwidth_bytes_per_s"] == 1e9
+    plain = str(make_plan(workload, MACHINE, 600 * PAGE))
+    assert "host cache" not in plain
+    assert "copies" not in plain
 
 
 def test_planning_imports_no_torch() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from narrowboat.plan import Block, Machine, Workload, simulate
 from narrowboat.plan.layout import place
+from narrowboat.plan.timing import Lead
 
 PAGE = 4096
 TICKS = Machine(bandwidth=1.0, read_latency=0.0)  # a byte per tick: reads take as many ticks as they have bytes
@@ -227,3 +230,232 @@ def test_a_pass_after_a_pause_is_the_recurrence_with_the_first_slots_full(
     workload = replace(chain(loads, computes), from_idle=True)
     assert in_slots(workload, slots, passes=3) == computed[-1]
     assert in_slots(workload, slots, passes=3) <= in_slots(replace(workload, from_idle=False), slots, passes=3)
+
+
+def on_two_channels(
+    workload: Workload, machine: Machine, offsets: Sequence[int], cached: Collection[int], passes: int
+) -> list[int]:
+    """How long each pass takes on a clock, with a queue before each channel; every duration is a number of ticks.
+
+    A block is submitted to both queues when it is its turn and its place is free. The copy of one that is read ends
+    when it has had its ticks and those of the last chunk have gone by since the end of the read.
+    """
+    blocks = workload.blocks
+    uses = [
+        (number, first, last, k)
+        for number in range(passes)
+        for first, last, k in sorted((first, last, k) for k, b in enumerate(blocks) for first, last in b.holds)
+    ]
+    to_read, to_copy, read_at = deque[int](), deque[int](), dict[int, int]()
+    placed, arrived = set[int](), set[int]()
+    reading, copying, running = -1, -1, False
+    read_ends = copy_ends = step_ends = upcoming = number = step = now = began = 0
+    took: list[int] = []
+
+    def meet(i: int, j: int) -> bool:
+        return offsets[i] < offsets[j] + blocks[j].nbytes and offsets[j] < offsets[i] + blocks[i].nbytes
+
+    def taken(k: int) -> bool:
+        """Whether a use that comes before is outstanding of a block where block ``k`` goes."""
+        return any(meet(k, use[3]) and (use[0], use[2]) >= (number, step) for use in uses[:upcoming])
+
+    def copied(nbytes: int) -> int:
+        return int(nbytes / machine.copy_bandwidth + machine.copy_latency)
+
+    while len(took) < passes:
+        before = None
+        while before != (before := (upcoming, reading, copying, running, number, step, len(arrived))):
+            if running and step_ends <= now:
+                running, step = False, step + 1
+                if step == len(workload.step_seconds):
+                    took.append(now - began)
+                    number, step, began = number + 1, 0, now
+            while upcoming < len(uses) and (uses[upcoming][3] in placed or not taken(uses[upcoming][3])):
+                k = uses[upcoming][3]
+                if k not in placed:
+                    for other in [other for other in placed if meet(k, other)]:
+                        placed.discard(other)
+                        arrived.discard(other)
+                    placed.add(k)
+                    to_copy.append(k)
+                    read_at.pop(k, None)
+                    if k not in cached:
+                        to_read.append(k)
+                upcoming += 1
+            if reading >= 0 and read_ends <= now:
+                read_at[reading], reading = now, -1
+            if reading < 0 and to_read:
+                reading = to_read.popleft()
+                read_ends = now + int(blocks[reading].read_bytes / machine.bandwidth + machine.read_latency)
+            if copying >= 0 and copy_ends <= now:
+                last_chunk = copied(min(blocks[copying].nbytes, machine.chunk))
+                if copying in cached or (copying in read_at and read_at[copying] + last_chunk <= now):
+                    arrived.add(copying)
+                    copying = -1
+            if copying < 0 and to_copy:
+                copying = to_copy.popleft()
+                copy_ends = now + copied(blocks[copying].nbytes)
+            if number == passes:
+                break
+            if workload.from_idle and step == 0 and not running:
+                if copying >= 0:
+                    continue
+                began = now
+            if not running and all(
+                u < upcoming and use[3] in arrived
+                for u, use in enumerate(uses)
+                if use[0] == number and use[1] <= step <= use[2]
+            ):
+                running, step_ends = True, now + int(workload.step_seconds[step])
+        now += 1
+    return took
+
+
+@st.composite
+def device_ticks(draw: st.DrawFn) -> Machine:
+    """Reads of a byte per tick, copies of a page in one to four ticks: either channel may be the slower one."""
+    return Machine(
+        bandwidth=1.0,
+        read_latency=float(draw(st.integers(0, 1))),
+        copy_bandwidth=PAGE / draw(st.sampled_from([1, 2, 4])),
+        copy_latency=float(draw(st.integers(0, 2))),
+        chunk=draw(st.sampled_from([PAGE, 2 * PAGE, 1 << 20])),
+    )
+
+
+def chosen(workload: Workload, bits: int) -> frozenset[int]:
+    """The blocks numbered by the ones of ``bits``."""
+    return frozenset(i for i in range(len(workload.blocks)) if bits >> i & 1)
+
+
+def each_pass(
+    workload: Workload, machine: Machine, offsets: Sequence[int], cached: Collection[int], passes: int
+) -> list[float]:
+    """Seconds that each of the first ``passes`` passes takes."""
+    numbers = range(len(workload.blocks))
+    return [simulate(workload, machine, (), numbers, offsets, p + 1, cached=cached).latency for p in range(passes)]
+
+
+def ends(
+    workload: Workload, machine: Machine, offsets: Sequence[int], cached: Collection[int], passes: int = 6
+) -> list[float]:
+    """When each pass ends; after pauses, which end in a like state, how long each takes."""
+    took = each_pass(workload, machine, offsets, cached, passes)
+    return took if workload.from_idle else list(accumulate(took))
+
+
+@given(small_cases(), device_ticks(), st.integers(0, 31), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_on_a_device_every_pass_takes_as_long_as_on_the_clock_of_two_channels(
+    case: tuple[Workload, list[int]], machine: Machine, bits: int, from_idle: bool
+) -> None:
+    workload, offsets = replace(case[0], from_idle=from_idle), case[1]
+    cached = chosen(workload, bits)
+    assert each_pass(workload, machine, offsets, cached, 4) == on_two_channels(workload, machine, offsets, cached, 4)
+
+
+@given(small_cases(), device_ticks(), st.integers(0, 31))
+@settings(deadline=None)
+def test_what_is_cached_is_copied_and_not_read(case: tuple[Workload, list[int]], machine: Machine, bits: int) -> None:
+    workload, offsets = case
+    numbers = range(len(workload.blocks))
+    one_stage = simulate(workload, replace(machine, copy_bandwidth=0.0), (), numbers, offsets)
+    none = simulate(workload, machine, (), numbers, offsets, cached=())
+    some = simulate(workload, machine, (), numbers, offsets, cached=chosen(workload, bits))
+    every = simulate(workload, machine, (), numbers, offsets, cached=numbers)
+    assert none.bytes_read == one_stage.bytes_read >= some.bytes_read >= every.bytes_read == 0
+    assert one_stage.bytes_copied == 0
+    assert none.bytes_copied == some.bytes_copied == every.bytes_copied
+
+
+@given(small_cases(), st.integers(0, 3), st.booleans())
+@settings(deadline=None)
+def test_copying_in_no_time_is_one_stage_and_its_latency_adds_itself_per_block(
+    case: tuple[Workload, list[int]], latency: int, from_idle: bool
+) -> None:
+    workload, offsets = replace(case[0], from_idle=from_idle), case[1]
+    quick = replace(TICKS, copy_bandwidth=1e30, copy_latency=0.0)
+    alone = ends(workload, TICKS, offsets, ())
+    assert ends(workload, quick, offsets, ()) == pytest.approx(alone)
+    late = ends(workload, replace(quick, copy_latency=float(latency)), offsets, ())
+    reads = sum(len(block.holds) for block in workload.blocks)
+    for number, (found, least) in enumerate(zip(late, alone, strict=True), 1):
+        assert least - 1e-9 <= found <= least + latency * reads * number + 1e-9
+
+
+@given(small_cases(), device_ticks(), st.booleans())
+@settings(deadline=None)
+def test_with_everything_in_host_memory_copying_is_the_one_stage(
+    case: tuple[Workload, list[int]], machine: Machine, from_idle: bool
+) -> None:
+    workload, offsets = replace(case[0], from_idle=from_idle), case[1]
+    numbers = range(len(workload.blocks))
+    whole = replace(workload, blocks=tuple(replace(block, read_bytes=block.nbytes) for block in workload.blocks))
+    copying = Machine(machine.copy_bandwidth, machine.copy_latency)
+    seen, seen_alone = Lead(), Lead()
+    cached = simulate(workload, replace(machine, host_room=workload.weight_bytes), (), numbers, offsets, lead=seen)
+    alone = simulate(whole, copying, (), numbers, offsets, lead=seen_alone)
+    assert replace(cached, bytes_read=cached.bytes_copied, bytes_copied=0) == alone
+    assert seen == seen_alone
+
+
+@given(small_cases(), device_ticks(), st.integers(0, 31), st.booleans(), st.floats(1, 20), st.floats(1, 20))
+@settings(deadline=None)
+def test_with_faster_channels_no_pass_ends_later(
+    case: tuple[Workload, list[int]], machine: Machine, bits: int, from_idle: bool, read: float, copy: float
+) -> None:
+    # What is read after which step does not depend on how long things take, so that every event is a maximum of sums
+    # of durations. One pass alone may take longer in the middle of many, where the one before it gained more.
+    workload, offsets = replace(case[0], from_idle=from_idle), case[1]
+    cached = chosen(workload, bits)
+    slow = ends(workload, machine, offsets, cached)
+    for faster in (
+        replace(machine, bandwidth=machine.bandwidth * read),
+        replace(machine, copy_bandwidth=machine.copy_bandwidth * copy),
+    ):
+        found = ends(workload, faster, offsets, cached)
+        assert all(a <= b + 1e-9 for a, b in zip(found, slow, strict=True))
+
+
+@given(small_cases(), device_ticks(), st.integers(0, 31), st.integers(0, 31), st.booleans())
+@settings(deadline=None)
+def test_with_more_blocks_in_host_memory_no_pass_ends_later(
+    case: tuple[Workload, list[int]], machine: Machine, bits: int, more: int, from_idle: bool
+) -> None:
+    workload, offsets = replace(case[0], from_idle=from_idle), case[1]
+    fewer = ends(workload, machine, offsets, chosen(workload, bits))
+    found = ends(workload, machine, offsets, chosen(workload, bits | more))
+    assert all(a <= b + 1e-9 for a, b in zip(found, fewer, strict=True))
+
+
+def test_a_device_computes_as_fast_while_weights_are_on_their_way() -> None:
+    workload = replace(chain([4, 4, 4], [10, 10, 10]), busy_seconds=(15.0, 15.0, 15.0))
+    machine = Machine(1.0, 0.0, contention=0.5, copy_bandwidth=float(PAGE), copy_latency=0.0)
+    timing = simulate(workload, machine, (), [0, 1, 2], [0, PAGE, 0], passes=6)
+    assert timing.compute == 30.0
+    assert timing.beside_reading > 0
+
+
+def test_a_cached_block_waits_behind_one_that_is_read_but_reading_goes_on_beside_it() -> None:
+    # Reads of 6 ticks, copies of 2 (the last chunk takes 1), layer 1 cached. Layer 0 is read by 6 and in at 7; layer 1
+    # behind it at 9; layer 2 is read from 6 to 12, and in at 13, when layer 1 has been computed for 4 ticks.
+    blocks = tuple(Block(f"layer{i}", 2 * PAGE, 6, ((i, i),)) for i in range(3))
+    workload = Workload(blocks, (1.0, 4.0, 1.0))
+    machine = Machine(1.0, 0.0, copy_bandwidth=float(PAGE), copy_latency=0.0, chunk=PAGE)
+    timing = simulate(workload, machine, (), [0, 1, 2], [0, 2 * PAGE, 4 * PAGE], passes=1, cached={1})
+    assert timing.stall_by_block == {0: 7.0, 1: 1.0}
+    assert timing.latency == 14.0
+    assert (timing.bytes_read, timing.bytes_copied) == (12, 6 * PAGE)
+
+
+@pytest.mark.parametrize(("ticks", "rested"), [(1.0, set[int]()), (30.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize("copy_bandwidth", [0.0, PAGE / 10])
+def test_a_block_is_noted_where_nothing_was_on_its_way_when_its_place_came_free(
+    copy_bandwidth: float, ticks: float, rested: set[int]
+) -> None:
+    # Ten ticks to bring a layer in, from storage or from host memory, and two slots for four of them.
+    workload, seen = replace(chain([10] * 4, [0] * 4), step_seconds=(ticks,) * 4), Lead()
+    machine = replace(TICKS, copy_bandwidth=copy_bandwidth, copy_latency=0.0)
+    offsets = [0, PAGE, 0, PAGE]
+    simulate(workload, machine, (), [0, 1, 2, 3], offsets, passes=6, lead=seen, cached=[0, 1, 2, 3])
+    assert seen.rested == rested

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ pytest.importorskip("transformers")
 
 from architecture_kit import check
 from architecture_kit.build import build
+from narrowboat.arena.device.access import AccessWatch
+from narrowboat.arena.device.emulated import EmulatedDevice
 
 # model type -> class, profile and inputs that are known to build, so that nothing has to be searched for
 KINDS = {
@@ -37,8 +40,11 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("model_type", KINDS)
-def test_forward_and_generate_have_plain_pytorchs_bits(model_type: str, tmp_path: Path, tiny_blocks: None) -> None:
+def test_forward_and_generate_have_plain_pytorchs_bits(
+    model_type: str, device: str, tmp_path: Path, tiny_blocks: None
+) -> None:
     class_name, profile, candidate = KINDS[model_type]
     built = build(model_type, {"class_name": class_name, "profile": profile, "candidate": candidate})
     reference = check.Reference.of(built.factory, built.model.state_dict(), built.inputs)
@@ -49,5 +55,8 @@ def test_forward_and_generate_have_plain_pytorchs_bits(model_type: str, tmp_path
         reference.generated = check.run_generate(built.model, built.inputs)
     files = check.write_files(built.model, built.factory, built.inputs, tmp_path)
     variants = ("packed+example", "unpacked")
-    outcomes = {v: check.check_variant(v, built.factory, files, built.inputs, reference) for v in variants}
+    place = EmulatedDevice(256 << 20, granularity=4096, jitter=1) if device == "emulated" else device
+    watch = AccessWatch(place) if isinstance(place, EmulatedDevice) else nullcontext()
+    with watch:
+        outcomes = {v: check.check_variant(v, built.factory, files, built.inputs, reference, place) for v in variants}
     assert {v: o.detail or o.verdict for v, o in outcomes.items()} == dict.fromkeys(variants, "exact")

@@ -16,6 +16,7 @@ from narrowboat.errors import (
     BudgetError,
     ModelError,
     NarrowboatError,
+    NoDeviceError,
     QuantityError,
     StreamedModelError,
     UsageError,
@@ -66,9 +67,16 @@ def test_sizes_as_people_write_them(deep: Any, budget: Any) -> None:
     assert deep.right(deep.stream(budget=budget), 1)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "meta", torch.device("cuda"), "toaster"])
+@pytest.mark.parametrize("device", ["meta", torch.device("meta"), "toaster", 7])
 def test_a_device_that_is_not_supported_is_refused(deep: Any, device: Any) -> None:
-    with pytest.raises(UsageError, match="cpu"):
+    with pytest.raises(UsageError, match="cuda"):
+        deep.stream(device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_a_gpu_that_is_not_there_is_named_with_the_reason(deep: Any, device: Any) -> None:
+    with pytest.raises(NoDeviceError, match=r"'cuda(:0)?' cannot be used: torch .* is built without CUDA|no driver"):
         deep.stream(device=device)
 
 

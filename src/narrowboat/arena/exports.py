@@ -40,7 +40,7 @@ def forget(ticket: int) -> None:
 
 
 def _in_arena(tensor: torch.Tensor) -> bool:
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+    if tensor.device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
         return False
     try:
         address = tensor.data_ptr()

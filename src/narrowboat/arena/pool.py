@@ -161,18 +161,30 @@ class PooledSlab(Slab):
         Raises:
             StorageError: the system refuses.
         """
-        at = self.address + offset
-        for place, nbytes in extents:
-            _map(at, nbytes, mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE, self._pool.fd, place)
-            if self._pool._lock:
-                refused = _libc().mlock(ctypes.c_void_p(at), ctypes.c_size_t(nbytes))
-                self._pool.locked = not refused
-            at += nbytes
+        map_pool(self._pool, self.address + offset, extents)
 
     def unback(self, offset: int, nbytes: int) -> None:
         """Leave the addresses without memory; they read as zeros."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
-        _map(self.address + offset, nbytes, flags, -1, 0)
+        map_nothing(self.address + offset, nbytes)
+
+
+def map_pool(pool: PagePool, address: int, extents: Extents) -> None:
+    """Map a pool's extents one after the other from ``address`` on.
+
+    Raises:
+        StorageError: the system refuses.
+    """
+    for place, nbytes in extents:
+        _map(address, nbytes, mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE, pool.fd, place)
+        if pool._lock:
+            refused = _libc().mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+            pool.locked = not refused
+        address += nbytes
+
+
+def map_nothing(address: int, nbytes: int) -> None:
+    """Leave addresses without memory; they read as zeros."""
+    _map(address, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE, -1, 0)
 
 
 @cache

@@ -41,11 +41,12 @@ class Weight:
         entry: where it lies at rest.
         slots: the tensor objects of the model.
         owner: who loads it on demand; set by the session.
+        device: where its bytes are when it is in.
         tiled: how it is used instead of as a whole, in words ("in 7 tiles"); empty if it is used as a whole.
         by_rows: who runs the operators that meet it, where only rows of it are ever in; set by the session.
     """
 
-    __slots__ = ("by_rows", "entry", "index", "name", "owner", "slots", "tiled")
+    __slots__ = ("by_rows", "device", "entry", "index", "name", "owner", "slots", "tiled")
 
     def __init__(self, index: int, name: str, entry: TensorEntry, tiled: str = "") -> None:
         self.index = index
@@ -54,6 +55,7 @@ class Weight:
         self.slots: list[Slot] = []
         self.owner: Any = None
         self.by_rows: Any = None
+        self.device = torch.device("cpu")
         self.tiled = tiled
 
 
@@ -173,7 +175,11 @@ class Slot:
     def _fresh_standin(self) -> torch.Tensor:
         entry = self.weight.entry
         flag = self.tensor.requires_grad
-        return new_standin(self._out_class, entry.shape, entry.dtype, torch.device("cpu"), flag)
+        return new_standin(self._out_class, entry.shape, entry.dtype, self.weight.device, flag)
+
+    def empty(self) -> torch.Tensor:
+        """What stands for a weight without elements, which has no bytes."""
+        return torch.empty(self.weight.entry.shape, dtype=self.weight.entry.dtype, device=self.weight.device)
 
     def set_requires_grad(self, requires_grad: bool) -> None:
         """Set the flag on what is in and on what is out."""

@@ -143,7 +143,7 @@ class TurnedStandIn(StandInTensor):
         shape, dtype = (*outer, columns, rows), slot.weight.entry.dtype
         with torch.inference_mode(False):
             made = torch.Tensor._make_wrapper_subclass(
-                TurnedStandIn, shape, strides=strides, dtype=dtype, device=torch.device("cpu")
+                TurnedStandIn, shape, strides=strides, dtype=dtype, device=slot.weight.device
             )
         tag(made, slot)
         return made
@@ -184,7 +184,7 @@ def new_standin(
 def lazy_alias(slot: Slot) -> torch.Tensor:
     """What ``.detach()``, ``.data`` and ``state_dict()`` give for a weight that is out: it loads when touched."""
     weight = slot.weight
-    alias = new_standin(StandInTensor, weight.entry.shape, weight.entry.dtype, torch.device("cpu"), False)
+    alias = new_standin(StandInTensor, weight.entry.shape, weight.entry.dtype, weight.device, False)
     tag(alias, slot)
     return alias
 

@@ -17,6 +17,13 @@ WeightsOption = Annotated[
 BudgetOption = Annotated[
     str | None, typer.Option(metavar="BYTES", help="Such as 300MiB. Without it: 80 % of the available memory.")
 ]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; or emulated:6GiB:12GB, to try it without a GPU.")
+]
+HostBudgetOption = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="With a device: pinned host memory; half of what is free without it."),
+]
 InputOption = Annotated[Path | None, typer.Option(metavar="FILE", help="An image, or a .npy array.")]
 
 

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from narrowboat.cli.budget import resolve_budget
-from narrowboat.cli.options import BudgetOption, InputOption, ModelArgument, WeightsOption
+from narrowboat.cli.budget import device_budget
+from narrowboat.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    HostBudgetOption,
+    InputOption,
+    ModelArgument,
+    WeightsOption,
+)
 from narrowboat.cli.output import print_error, print_facts, print_json, print_table, progress_bar
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.zoo.request import find_request
@@ -34,6 +41,8 @@ def run(
     model: ModelArgument,
     weights: WeightsOption = None,
     budget: BudgetOption = None,
+    device: DeviceOption = "cpu",
+    host_budget: HostBudgetOption = None,
     input: InputOption = None,
     passes: Annotated[int, typer.Option(min=1, help="How many passes to run.")] = 5,
     verify: Annotated[bool, typer.Option("--verify", help="Compare with plain PyTorch, bit by bit.")] = False,
@@ -49,7 +58,7 @@ def run(
 
     Exit code 1 if the budget is refused, or if --verify finds a different bit.
     """
-    bytes_allowed = resolve_budget(budget)
+    bytes_allowed = device_budget(budget, host_budget, device)
     request = find_request(model, weights, input)
     inputs = request.need_inputs()
     from narrowboat.report.run import RunOutputs, run_model
@@ -59,6 +68,7 @@ def run(
             request.factory,
             request.source,
             budget=bytes_allowed,
+            device=device,
             inputs=inputs,
             passes=passes,
             io=io.value,
@@ -94,16 +104,17 @@ def _print_report(model: str, weights: Path, report: RunReport) -> None:
     steady = report.latency_ms[2:] or report.latency_ms[-1:]
     same = {None: "not compared (--verify)", True: "yes, every bit of the output", False: f"NO: {report.difference}"}
     parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in report.fixed_parts.items() if nbytes)
+    of_what = "over the process baseline" if report.device == "cpu" else f"of {report.device}"
     facts: dict[str, object] = {
         "latency": f"{format_seconds(statistics.median(steady) / 1e3)} (median of the steady passes), "
         f"{format_seconds(report.predicted_latency_ms / 1e3)} predicted",
         "first answer": f"{format_seconds(report.first_answer_ms / 1e3)} after the start",
-        "peak memory": f"{format_bytes(report.peak_bytes)} over the process baseline, "
-        f"of {format_bytes(report.budget_bytes)} (smallest possible: {format_bytes(report.min_budget_bytes)})",
+        "peak memory": f"{format_bytes(report.peak_bytes)} {of_what}, of {format_bytes(report.budget_bytes)} "
+        f"(smallest possible: {format_bytes(report.min_budget_bytes)})",
         "weights held": f"{format_bytes(report.resident_bytes)} resident, {format_bytes(report.window_bytes)} window",
         "besides": parts or "nothing",
         "storage": "direct I/O, the page cache is not used" if report.direct_io else "buffered reads",
-        "allocator": report.allocator_policy,
+        **({"allocator": report.allocator_policy} if report.device == "cpu" else _host_facts(report)),
         "as plain PyTorch": same[report.bit_identical],
     }
     if left_out > 0:
@@ -117,3 +128,11 @@ def _print_report(model: str, weights: Path, report: RunReport) -> None:
             f"{format_bytes(report.copied_bytes)}, because {weights.name} is not packed (narrowboat pack)"
         )
     print_facts("", facts)
+
+
+def _host_facts(report: RunReport) -> dict[str, object]:
+    return {
+        "host memory": f"{format_bytes(report.pinned_bytes)} pinned, "
+        f"{format_bytes(report.host_cache_bytes)} of it for weights",
+        "copies": f"{format_bytes(int(report.copy_bandwidth_bytes_per_s))}/s to the device",
+    }

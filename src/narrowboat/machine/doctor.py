@@ -201,14 +201,33 @@ def realtime_finding(realtime: RealtimePriority) -> Finding:
 
 
 def cuda_finding(cuda: CudaSupport) -> Finding:
-    """Which devices there are."""
-    if cuda.devices:
-        names = ", ".join(
-            f"{device.name} ({format_bytes(device.free)} of {format_bytes(device.total)} free)"
-            for device in cuda.devices
+    """Which devices there are, and whether models can run on them in a budget."""
+    if not cuda.devices:
+        return Finding("CUDA", "absent", f"{cuda.reason}: models run on the CPU; device='cuda' is refused")
+    names = ", ".join(
+        f"{device.name} ({format_bytes(device.free)} of {format_bytes(device.total)} free"
+        f"{'; shares memory with the host' if device.integrated else ''})"
+        for device in cuda.devices
+    )
+    driver = f"driver for CUDA {cuda.driver}" if cuda.driver else "a driver of unknown version"
+    bindings = f"bindings {cuda.bindings}" if cuda.bindings else "no bindings for Python"
+    meaning = f"{names}; {driver}, {bindings}"
+    if not cuda.bindings:
+        return Finding(
+            "CUDA",
+            "warn",
+            f"{meaning}: device='cuda' is refused, as torch alone cannot map memory behind addresses",
+            "pip install 'narrowboat[cuda]'",
         )
-        return Finding("CUDA", "ok", names)
-    return Finding("CUDA", "absent", f"{cuda.reason}: models run on the CPU; device='cuda' is refused")
+    unable = [device.name for device in cuda.devices if device.virtual_memory is False and not device.integrated]
+    if unable:
+        return Finding(
+            "CUDA",
+            "warn",
+            f"{meaning}; no virtual memory management on {', '.join(unable)}: device='cuda' is refused there",
+            "update the NVIDIA driver",
+        )
+    return Finding("CUDA", "ok", meaning)
 
 
 def allocator_finding(allocator: str) -> Finding:

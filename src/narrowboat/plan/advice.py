@@ -1,4 +1,4 @@
-"""What would shorten a pass most: more budget, faster storage, a larger batch; in words and numbers."""
+"""What would shorten a pass most: more budget, faster storage, a host cache, a larger batch; in words and numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from narrowboat.quantities import format_bytes, format_seconds
 
 _WORTH = 0.05  # gains below this share of the latency are not worth a word
 _STEPS = (1.1, 1.25, 1.5, 2.0, 3.0)
+_SHARES = (0.25, 0.5, 1.0)  # of the bytes read from storage, kept in host memory too
 
 
 def advise(plan: Plan, enough: int, plan_for: Callable[[int, Machine], Plan]) -> list[str]:
@@ -38,6 +39,14 @@ def advise(plan: Plan, enough: int, plan_for: Callable[[int, Machine], Plan]) ->
         found.append(
             (gain, f"storage twice as fast ({faster.bandwidth / 1e9:.2f} GB/s) would take {_less(now, gain)}")
         )
+    if plan.machine.copy_bandwidth:
+        missed = sum(plan.blocks[i].nbytes for i in plan.streamed if i not in plan.cached)
+        for share in _SHARES if missed else ():
+            larger = replace(plan.machine, host_room=plan.machine.host_room + math.ceil(missed * share))
+            gain = 1 - plan_for(plan.budget, larger).predicted_latency / now
+            if gain >= _WORTH:
+                found.append((gain, f"a host cache of {format_bytes(larger.host_room)} would take {_less(now, gain)}"))
+                break
     compute = plan.timing.compute
     if plan.timing.stall >= _WORTH * now and compute > 0:
         # Reading is paid once per pass, computing once per sample.

@@ -19,7 +19,8 @@ from narrowboat.plan.model import PAGE, Block, Machine, Workload
 from narrowboat.plan.residency import Spread, evenly_by_bytes, evenly_by_time
 from narrowboat.plan.result import Plan
 from narrowboat.plan.schemes import SCHEMES, check_names
-from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, every_candidate, improves
+from narrowboat.plan.search import ENOUGH, FEW, Candidate, climb, climb_cache, every_cache, every_candidate, improves
+from narrowboat.plan.tiers import host_set
 from narrowboat.plan.timing import Timing, simulate
 from narrowboat.quantities import format_bytes
 
@@ -79,6 +80,7 @@ def make_plan(
         return _by_scheme(workload, machine, budget, least, scheme)
     bound = latency_bound(workload, machine, room)
     best, timing = _by_rules(workload, machine, room)
+    cached = None
     if thorough and timing.latency > bound * (1 + ENOUGH):
         for scheme_of in SCHEMES.values():
             decided = scheme_of(workload, machine, room)
@@ -90,12 +92,14 @@ def make_plan(
                     best, timing = (resident, streamed, places, window), found
         if len(workload.blocks) <= FEW:
             for candidate in every_candidate(workload, room):
-                found = simulate(workload, machine, *candidate[:3], passes=3)
-                if improves(found, timing):
-                    best, timing = candidate, found
+                for tried in every_cache(workload, machine, candidate[1]):
+                    found = simulate(workload, machine, *candidate[:3], passes=3, cached=tried)
+                    if improves(found, timing):
+                        best, timing, cached = candidate, found, tried
         else:
             best, timing = climb(workload, machine, room, best, timing, bound)
-    return replace(_assemble(workload, machine, budget, least, best, timing), lower_bound=bound)
+            cached, timing = climb_cache(workload, machine, best, timing, bound)
+    return replace(_assemble(workload, machine, budget, least, best, timing, cached), lower_bound=bound)
 
 
 def _by_rules(workload: Workload, machine: Machine, room: int) -> tuple[Candidate, Timing]:
@@ -192,7 +196,9 @@ def _assemble(
     least: tuple[int, str],
     candidate: Candidate,
     timing: Timing,
+    cached: frozenset[int] | None = None,
 ) -> Plan:
+    """The plan of a candidate; its cached set is that of ``host_set`` unless given."""
     resident, streamed, places, _ = candidate
     blocks = workload.blocks
     offsets = [0] * len(blocks)
@@ -217,6 +223,7 @@ def _assemble(
         window_bytes=used,
         timing=timing,
         machine=machine,
+        cached=host_set(workload, machine, streamed) if cached is None else cached,
     )
 
 
@@ -227,7 +234,8 @@ def retime(plan: Plan, workload: Workload, machine: Machine, *, lower_bound: flo
         lower_bound: seconds, if known; else it is made anew too, which takes some milliseconds.
     """
     workload = replace(workload, blocks=plan.blocks)  # a scheme may swap coarser
-    timing = simulate(workload, machine, plan.resident, plan.streamed, [plan.offsets[i] for i in plan.streamed])
+    places = [plan.offsets[i] for i in plan.streamed]
+    timing = simulate(workload, machine, plan.resident, plan.streamed, places, cached=plan.cached)
     if lower_bound is None:
         lower_bound = latency_bound(workload, machine, (plan.budget - workload.fixed_bytes) // PAGE * PAGE)
     return replace(plan, timing=timing, machine=machine, lower_bound=lower_bound)

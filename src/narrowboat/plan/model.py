@@ -28,19 +28,31 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The storage as measured.
+    """The storage as measured, and the way from host memory to the device where computing is done on one.
+
+    Without a device stage, storage fills the arena. With one (``copy_bandwidth`` is not 0), the arena is the device's,
+    and weights travel from storage through pinned host memory, chunk by chunk; some may keep a copy there.
 
     Attributes:
         bandwidth: bytes per second that arrive while the processor computes.
         read_latency: seconds a read costs on top of its bytes.
         step_overhead: seconds of bookkeeping per step.
-        contention: by what share computing takes longer while storage is read all along (memory and cores are shared).
+        contention: by what share computing takes longer while storage is read all along (memory and cores are shared);
+            without effect on a device, which shares neither.
+        copy_bandwidth: bytes per second from pinned host memory to the device; 0: there is no device stage.
+        copy_latency: seconds that bringing a block to the device costs on top of its bytes.
+        host_room: bytes of pinned host memory for copies of weights that stay there, staging not counted.
+        chunk: bytes that travel together; the last of them are still to be copied when a block has been read.
     """
 
     bandwidth: float
     read_latency: float = 0.0001
     step_overhead: float = 0.0
     contention: float = 0.0
+    copy_bandwidth: float = 0.0
+    copy_latency: float = 1e-5
+    host_room: int = 0
+    chunk: int = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,13 @@ class Plan:
         resident_bytes, window_bytes: the two zones of the arena.
         timing: predicted steady pass.
         blocks: the blocks the indices mean.
-        machine: the storage the prediction rests on.
+        machine: the storage, and the way to the device, that the prediction rests on.
         lower_bound: seconds that no plan within the budget can beat (``plan.bound``).
         scheme: how it was made: ``"best"``, or one of ``plan.schemes``.
         tiled: layers too large to be in as a whole, each with its number of tiles or strips; 0 for a table whose
             rows are read on demand.
         expert_bytes: of the fixed bytes, the cache of experts that are read on demand.
+        cached: indices of the streamed blocks with a copy in host memory; empty without a device stage.
     """
 
     budget: int
@@ -50,11 +51,17 @@ class Plan:
     scheme: str = "best"
     tiled: tuple[tuple[str, int], ...] = ()
     expert_bytes: int = 0
+    cached: frozenset[int] = frozenset()
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of the slab."""
         return self.resident_bytes + self.window_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of pinned host memory that the copies of ``cached`` take, beside the budget."""
+        return sum(self.blocks[i].nbytes for i in self.cached)
 
     @property
     def weight_bytes(self) -> int:
@@ -90,8 +97,12 @@ def explain(plan: Plan) -> str:
     lines += [f"  {name:<12}{format_bytes(nbytes)}" for name, nbytes in plan.fixed_parts if nbytes]
     if plan.expert_bytes:
         lines.append("  (experts are read on demand, on top of what follows)")
+    if plan.cached:
+        lines.append(f"host cache    {format_bytes(plan.cached_bytes)} in {len(plan.cached)} blocks")
+    lines.append(f"reads         {_per_pass(timing.bytes_read, plan.machine.bandwidth)}")
+    if plan.machine.copy_bandwidth:
+        lines.append(f"copies        {_per_pass(timing.bytes_copied, plan.machine.copy_bandwidth)} to the device")
     lines += [
-        f"reads         {format_bytes(timing.bytes_read)} per pass at {plan.machine.bandwidth / 1e9:.2f} GB/s",
         f"predicted     {format_seconds(timing.latency)} per pass: {format_seconds(timing.compute)} computing, "
         f"{format_seconds(timing.stall)} waiting (no plan can do it in less than {format_seconds(plan.lower_bound)}: "
         f"gap {plan.gap:.1%})",
@@ -101,6 +112,10 @@ def explain(plan: Plan) -> str:
         waits = ", ".join(f"{plan.blocks[i].name} {format_seconds(seconds)}" for i, seconds in worst)
         lines.append(f"waits most    {waits}")
     return "\n".join(lines)
+
+
+def _per_pass(nbytes: int, bandwidth: float) -> str:
+    return f"{format_bytes(nbytes)} per pass at {bandwidth / 1e9:.2f} GB/s"
 
 
 def describe_tiled(tiled: Sequence[tuple[str, int]]) -> str:
@@ -129,7 +144,10 @@ def summary(plan: Plan) -> dict[str, object]:
         "tiled_layers": dict(plan.tiled),
         "blocks": len(plan.blocks),
         "resident_blocks": len(plan.resident),
+        "host_cache_bytes": plan.cached_bytes,
+        "host_cached_blocks": len(plan.cached),
         "bytes_read_per_pass": plan.timing.bytes_read,
+        "bytes_copied_per_pass": plan.timing.bytes_copied,
         "predicted_latency_ms": plan.timing.latency * 1e3,
         "predicted_stall_ms": plan.timing.stall * 1e3,
         "compute_ms": plan.timing.compute * 1e3,
@@ -137,6 +155,7 @@ def summary(plan: Plan) -> dict[str, object]:
         "gap": plan.gap,
         "scheme": plan.scheme,
         "bandwidth_bytes_per_s": plan.machine.bandwidth,
+        "copy_bandwidth_bytes_per_s": plan.machine.copy_bandwidth,
         "text": f"{format_bytes(plan.resident_bytes)} resident, {format_bytes(plan.window_bytes)} window, "
         f"{format_seconds(plan.timing.latency)} per pass",
     }

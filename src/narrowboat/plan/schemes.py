@@ -58,13 +58,17 @@ def swapnet(workload: Workload, machine: Machine, room: int) -> Decision | None:
         in_done[i] = max(in_done[i-1], ex_done[i-2]) + read[i]
         ex_done[i] = max(ex_done[i-1], in_done[i]) + compute[i]
 
-    Parts lie at the two ends of the memory in turn, so that two neighbours never meet.
+    Parts lie at the two ends of the memory in turn, so that two neighbours never meet. On a device the cuts are made
+    for whichever channel takes longer over a part, the host cache taken to hold its share of every part.
     """
     room = min(room, workload.weight_bytes)  # parts lie against both ends, and the arena is no longer than that
     used = [i for i, block in enumerate(workload.blocks) if block.holds]
     chain = sorted(used, key=lambda i: workload.blocks[i].holds[0])
+    unused = [i for i, block in enumerate(workload.blocks) if not block.holds]  # they have a place, and take none
+    if any(workload.blocks[i].nbytes > room for i in unused):
+        return None
     if not chain:
-        return workload, frozenset(), (), []
+        return workload, frozenset(), tuple(unused), [0] * len(unused)
     # Cut only between atoms: the search is cubic in them.
     stride = -(-len(chain) // _ATOMS)
     atoms = [chain[at : at + stride] for at in range(0, len(chain), stride)]
@@ -73,9 +77,15 @@ def swapnet(workload: Workload, machine: Machine, room: int) -> Decision | None:
     read = list(accumulate((sum(workload.blocks[i].read_bytes for i in atom) for atom in atoms), initial=0))
     elapsed = list(accumulate(workload.step_seconds, initial=0.0))
     starts = [workload.blocks[atom[0]].holds[0][0] for atom in atoms] + [len(workload.step_seconds)]
+    lasts = [max(hold[1] for i in atom for hold in workload.blocks[i].holds) for atom in atoms]
+
+    missed = max(1 - machine.host_room / max(size[-1], 1), 0.0)
 
     def reading(a: int, b: int) -> float:
-        return (read[b] - read[a]) / machine.bandwidth + machine.read_latency
+        seconds = (read[b] - read[a]) / machine.bandwidth + machine.read_latency
+        if not machine.copy_bandwidth:
+            return seconds
+        return max(seconds * missed, (size[b] - size[a]) / machine.copy_bandwidth + machine.copy_latency)
 
     def computing(a: int, b: int) -> float:
         return elapsed[starts[b]] - elapsed[starts[a]]
@@ -88,9 +98,12 @@ def swapnet(workload: Workload, machine: Machine, room: int) -> Decision | None:
             ends[b][0] = [(into, 0.0, into + computing(0, b), (0,))]
     for b in range(1, count + 1):
         for a, schedules in ends[b].items():
+            last = max(lasts[a:b])
             for c in range(b + 1, count + 1):
                 if size[c] - size[a] > room:
                     break
+                if c < count and starts[c] <= last:
+                    continue  # the part that begins there would take the place of one still held
                 for in_done, before, done, cuts in schedules:
                     into = max(in_done, before) + reading(b, c)
                     entry = (into, done, max(done, into) + computing(b, c), (*cuts, b))
@@ -110,7 +123,7 @@ def swapnet(workload: Workload, machine: Machine, room: int) -> Decision | None:
             blocks[i] = _held_over(blocks[i], first, last)
             offsets[i] = at
             at += blocks[i].nbytes
-    streamed = tuple(chain)
+    streamed = (*chain, *unused)
     return replace(workload, blocks=tuple(blocks)), frozenset(), streamed, [offsets[i] for i in streamed]
 
 

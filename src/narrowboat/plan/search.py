@@ -2,7 +2,8 @@
 
 A candidate is a resident set, the streamed blocks and their places. On a handful of blocks every resident set is
 tried with every way in which the others can share addresses. On more, blocks that stall change places with resident
-ones for as long as that shortens the pass and the bound says that there is something left to gain.
+ones for as long as that shortens the pass and the bound says that there is something left to gain; then, on a device,
+blocks that are read with those that have a copy in host memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import combinations, product
 
 from narrowboat.plan.layout import concurrent_sets, place, place_apart
 from narrowboat.plan.model import Block, Machine, Workload
+from narrowboat.plan.tiers import host_set
 from narrowboat.plan.timing import Lead, Timing, simulate
 
 Candidate = tuple[frozenset[int], tuple[int, ...], list[int], int]  # resident, streamed, their offsets, window bytes
@@ -27,12 +29,14 @@ _FOLLOWING = 8  # reads that a block let go is taken to delay
 def improves(found: Timing, best: Timing, *, by: float = 0.0) -> bool:
     """Whether a pass is shorter by more than a share ``by`` of it, or as short with less to read.
 
-    What is read takes power and the processor's time; where it gains nothing, it is better left.
+    What is read takes power and the processor's time, and what is copied to a device less of both; where it gains
+    nothing, it is better left.
     """
     slack = best.latency * 1e-6
     if found.latency < best.latency * (1 - by) - slack:
         return True
-    return found.latency <= best.latency + slack and found.bytes_read < best.bytes_read
+    fewer = (found.bytes_read, found.bytes_copied) < (best.bytes_read, best.bytes_copied)
+    return fewer and found.latency <= best.latency + slack
 
 
 def every_candidate(workload: Workload, room: int) -> Iterator[Candidate]:
@@ -80,6 +84,15 @@ def _sizes_without(blocks: Sequence[Block], i: int) -> list[int]:
     return [block.nbytes for j, block in enumerate(blocks) if j != i]
 
 
+def every_cache(workload: Workload, machine: Machine, streamed: Sequence[int]) -> Iterator[frozenset[int]]:
+    """All sets of streamed blocks that fit in host memory; the empty one alone without a device stage."""
+    sizes = {i: workload.blocks[i].nbytes for i in streamed}
+    for count in range(len(sizes) + 1 if machine.copy_bandwidth else 1):
+        for chosen in combinations(sizes, count):
+            if sum(sizes[i] for i in chosen) <= machine.host_room:
+                yield frozenset(chosen)
+
+
 def climb(
     workload: Workload, machine: Machine, room: int, start: Candidate, timing: Timing, bound: float
 ) -> tuple[Candidate, Timing]:
@@ -100,9 +113,7 @@ def climb(
     blocks = workload.blocks
     chance = random.Random(0)
     best, best_timing, lead = start, timing, _lead_of(workload, machine, start)
-    visits = sum(len(block.holds) for block in blocks) * 3
-    tries = min(max(_STEPS // max(visits, 1), 10), _MOST_TRIES)
-    in_vain = 0
+    tries, in_vain = _tries(blocks), 0
     while tries > 0 and in_vain < _PATIENCE and best_timing.latency > bound * (1 + ENOUGH):
         tries -= 1
         in_vain += 1
@@ -114,6 +125,76 @@ def climb(
         if improves(took, best_timing, by=1e-5):
             best, best_timing, lead, in_vain = found, took, seen, 0
     return best, best_timing
+
+
+def climb_cache(
+    workload: Workload, machine: Machine, candidate: Candidate, timing: Timing, bound: float
+) -> tuple[frozenset[int], Timing]:
+    """Exchange blocks with a copy in host memory against others read before a wait, while that shortens the pass.
+
+    The spread by time knows nothing of places and of where a pass begins; what it is off by is made up for here.
+
+    Args:
+        candidate: stays as it is.
+        timing: its prediction with ``host_set``, where this begins.
+        bound: no plan is faster.
+
+    Returns:
+        The best cached set found and the prediction with it; the same for the same arguments.
+    """
+    resident, streamed, places, _ = candidate
+    best, best_timing = host_set(workload, machine, streamed), timing
+    if not best or len(best) == len(streamed):
+        return best, best_timing
+    lead, chance = _lead_of(workload, machine, candidate), random.Random(0)
+    tries, in_vain = _tries(workload.blocks), 0
+    while tries > 0 and in_vain < _PATIENCE and best_timing.latency > bound * (1 + ENOUGH):
+        tries -= 1
+        in_vain += 1
+        cached = _exchange_cached(workload, machine.host_room, streamed, best, best_timing, lead, chance)
+        if cached is None:
+            continue
+        seen = Lead()
+        took = simulate(workload, machine, resident, streamed, places, passes=3, lead=seen, cached=cached)
+        if improves(took, best_timing, by=1e-5):
+            best, best_timing, lead, in_vain = cached, took, seen, 0
+    return best, best_timing
+
+
+def _exchange_cached(
+    workload: Workload,
+    room: int,
+    streamed: Sequence[int],
+    best: frozenset[int],
+    timing: Timing,
+    lead: Lead,
+    chance: random.Random,
+) -> frozenset[int] | None:
+    """A cached set of at most ``room`` bytes beside ``best``; None if what was tried does not fit or is the same."""
+    blocks, stalls = workload.blocks, timing.stall_by_block
+    if not stalls:
+        return None
+    waited = chance.choices(list(stalls), weights=list(stalls.values()))[0]
+    run = [i for i in _run_before(waited, streamed, lead) if i not in best]
+    cached = {*best, *chance.sample(run, min(len(run), chance.choice((1, 1, 2))))}
+    free = room - sum(blocks[i].nbytes for i in cached)
+    slack = _slack(set(best), streamed, lead)
+    for i in sorted(best, key=lambda i: slack[i] * chance.random(), reverse=True):
+        if free >= 0:
+            break
+        cached.discard(i)
+        free += blocks[i].nbytes
+    for i in sorted(streamed, key=lambda i: blocks[i].nbytes * chance.random(), reverse=True):
+        if i not in cached and blocks[i].nbytes <= free:
+            cached.add(i)
+            free -= blocks[i].nbytes
+    return None if free < 0 or cached == best else frozenset(cached)
+
+
+def _tries(blocks: Sequence[Block]) -> int:
+    """How many candidates a search may try."""
+    visits = sum(len(block.holds) for block in blocks) * 3
+    return min(max(_STEPS // max(visits, 1), 10), _MOST_TRIES)
 
 
 def _lead_of(workload: Workload, machine: Machine, candidate: Candidate) -> Lead:

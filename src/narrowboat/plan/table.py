@@ -64,6 +64,7 @@ class PlanTable:
                 "budget": row.plan.budget,
                 "latency_ms": row.plan.predicted_latency * 1e3,
                 "bytes_read": row.plan.timing.bytes_read,
+                "bytes_copied": row.plan.timing.bytes_copied,
                 "lower_bound_ms": row.plan.lower_bound * 1e3,
                 "fixed_bytes": row.plan.fixed_bytes,
                 "resident": sorted(row.plan.resident),
@@ -71,6 +72,8 @@ class PlanTable:
                 "offsets": list(row.plan.offsets),
                 "resident_bytes": row.plan.resident_bytes,
                 "window_bytes": row.plan.window_bytes,
+                "cached": sorted(row.plan.cached),
+                "host_room": _host_room(row.plan.machine),
             }
             for row in self.rows
         ]
@@ -81,12 +84,14 @@ class PlanTable:
     ) -> PlanTable:
         """The table again, its plans timed for this machine as they are looked up.
 
-        A row counts from the budget that it needs now; what of it no longer fits the workload is left out.
+        A row counts from the budget that it needs now; one that no longer fits the workload is left out, and so is one
+        made for another host cache, which another plan may serve better (rows kept before there was a device stage are
+        rows without one).
 
         Args:
             rows: of ``to_json``.
             workloads: what passes need under each allocator policy.
-            machine: the storage.
+            machine: the storage, and the way to the device.
             least: the smallest budget and what sets it.
 
         Raises:
@@ -98,7 +103,10 @@ class PlanTable:
             numbers = {*row["resident"], *row["streamed"]}
             if workload is None or numbers != set(range(len(workload.blocks))):
                 continue
-            if any(offset % PAGE for offset in row["offsets"]):
+            if any(offset % PAGE for offset in row["offsets"]) or row.get("host_room") != _host_room(machine):
+                continue
+            cached = frozenset(row.get("cached", ()))
+            if not cached <= {*row["streamed"]} or sum(workload.blocks[i].nbytes for i in cached) > machine.host_room:
                 continue
             plan = Plan(
                 # What is reserved beside the weights may have changed since.
@@ -113,9 +121,22 @@ class PlanTable:
                 offsets=tuple(row["offsets"]),
                 resident_bytes=int(row["resident_bytes"]),
                 window_bytes=int(row["window_bytes"]),
-                timing=Timing(float(row["latency_ms"]) / 1e3, 0.0, {}, int(row["bytes_read"]), 0.0),
+                timing=Timing(
+                    float(row["latency_ms"]) / 1e3,
+                    0.0,
+                    {},
+                    int(row["bytes_read"]),
+                    0.0,
+                    bytes_copied=int(row.get("bytes_copied", 0)),
+                ),
                 machine=machine,
                 lower_bound=float(row["lower_bound_ms"]) / 1e3,
+                cached=cached,
             )
             made.append(TableRow(row["policy"], plan))
         return cls(made, workloads, machine)
+
+
+def _host_room(machine: Machine) -> int | None:
+    """Bytes for copies of weights in host memory; None without a device stage."""
+    return machine.host_room if machine.copy_bandwidth else None

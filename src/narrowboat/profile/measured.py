@@ -54,14 +54,16 @@ class MeasuredProfile:
     least: tuple[int, str] | None = None
 
 
-def identity_of(trace_key: str, weights_digest: str) -> dict[str, str]:
+def identity_of(trace_key: str, weights_digest: str, device: str = "") -> dict[str, str]:
     """What measurements of a model depend on.
 
     Args:
         trace_key: ``trace_cache.fingerprint``: the model, its code, and the example's shapes and dtypes.
         weights_digest: ``WeightsIndex.digest``.
+        device: the name of the one that computes; empty for the processor.
     """
     return {
+        **({"device": device} if device else {}),
         "weights": weights_digest,
         "model and inputs": trace_key,
         "torch": torch.__version__,

@@ -43,6 +43,15 @@ def activation_parts(trace: UseTrace, policy: MallocPolicy) -> dict[str, int]:
     return {"activations": trace.activation_bytes, "allocator": reserve}
 
 
+def device_parts(trace: UseTrace) -> dict[str, int]:
+    """Bytes to reserve for activations in a device's memory, by name, until passes have been seen.
+
+    PyTorch's caching allocator takes segments of 2 MiB for what is small and of 20 MiB for what is not, and keeps
+    holes in them; the sizes are those of its documentation, the share of holes is a guess that passes correct.
+    """
+    return {"activations": trace.activation_bytes, "allocator": trace.activation_bytes // 4 + (4 << 20)}
+
+
 def guarded_floor(trace: UseTrace) -> int:
     """About the least that a guarded heap can be kept within, activations included; each step trims below it."""
     return int(trace.kept_bytes * 1.02) + (5 << 20)

@@ -34,7 +34,7 @@ def _collect(value: Any, found: list[torch.Tensor], seen: set[int]) -> None:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat.cpu().view(torch.uint8).numpy().data
 
 
 def output_digest(output: Any) -> str:

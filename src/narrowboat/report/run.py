@@ -23,6 +23,7 @@ from narrowboat.report.picture import require_matplotlib
 from narrowboat.report.plain import load_weights
 from narrowboat.report.timeline import draw_timeline
 from narrowboat.stream.api import session, stream
+from narrowboat.stream.tiers import Budget
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class RunReport:
         tiled_layers: by layer too large to be in as a whole: in how many pieces it was computed; 0 for a table whose
             rows were read on demand.
         copied_bytes: read bytes that needed a copy, because the file is not packed.
+        device: where it ran.
+        pinned_bytes, host_cache_bytes: on a device: pinned host memory, and the part of it that keeps weights.
+        copy_bandwidth_bytes_per_s: from there to the device.
         output_digest: sha256 of the last output.
         difference: where the outputs differ, in words.
     """
@@ -66,6 +70,10 @@ class RunReport:
     allocator_policy: str
     tiled_layers: dict[str, int]
     copied_bytes: int
+    device: str
+    pinned_bytes: int
+    host_cache_bytes: int
+    copy_bandwidth_bytes_per_s: float
     output_digest: str
     difference: str
 
@@ -103,8 +111,9 @@ def run_model(
     factory: Callable[[], nn.Module],
     weights: str | Path | WeightsIndex,
     *,
-    budget: int,
+    budget: Budget,
     inputs: tuple[Any, ...],
+    device: str = "cpu",
     passes: int = 5,
     io: str = "auto",
     verify: bool = False,
@@ -119,8 +128,9 @@ def run_model(
     Args:
         factory: makes the module.
         weights: a weights file or folder, or the index of one.
-        budget: bytes over the process baseline.
+        budget: bytes over the process baseline, or of the device; as for ``nb.stream``.
         inputs: positional arguments of a pass.
+        device: as for ``nb.stream``.
         passes: how many; at least one.
         io: ``"auto"``, ``"direct"`` or ``"buffered"``.
         verify: compare the output of every pass with plain PyTorch's, all tensors, bit by bit.
@@ -139,8 +149,10 @@ def run_model(
     gc.collect()
     reset_peak()
     begun = time.perf_counter()
-    model = stream(factory, weights, budget=budget, example=inputs, io=io)
+    model = stream(factory, weights, budget=budget, example=inputs, io=io, device=device)
     handle = session(model)
+    place = handle.ground.torch_device
+    inputs = tuple(value.to(place) if isinstance(value, torch.Tensor) else value for value in inputs)
     output: Any = None
     first_answer = 0.0
     starts: list[float] = []
@@ -163,7 +175,7 @@ def run_model(
                 progress(number + 1, passes)
         peak = process_memory().hwm
         stats = handle.stats()
-        ours = [tensor.clone() for tensor in output_tensors(output)]
+        ours = [tensor.to("cpu", copy=True) for tensor in output_tensors(output)]
     finally:
         handle.close()
     digest = output_digest(ours)
@@ -176,7 +188,7 @@ def run_model(
         draw_timeline(handle.trace(), wanted.timeline, since, title=f"{name}: the last passes")
     if wanted.output is not None:
         _save_output(ours, wanted.output)
-    difference = _compare(factory, weights, inputs, ours, digests) if verify else ""
+    difference = _compare(factory, weights, inputs, ours, digests, place) if verify else ""
     return RunReport(
         latency_ms=measured["latency_ms"],
         predicted_latency_ms=stats["predicted_latency_ms"],
@@ -184,7 +196,7 @@ def run_model(
         bytes_read=measured["bytes_read"],
         budget_bytes=stats["budget_bytes"],
         min_budget_bytes=stats["min_budget_bytes"],
-        peak_bytes=max(peak - stats["baseline_bytes"], 0),
+        peak_bytes=max(peak - stats["baseline_bytes"], 0) if stats["device"] == "cpu" else stats["peak_bytes"],
         bit_identical=not difference if verify else None,
         direct_io=stats["direct_io"],
         first_answer_ms=first_answer * 1e3,
@@ -195,6 +207,10 @@ def run_model(
         allocator_policy=stats["allocator_policy"],
         tiled_layers=stats["tiled_layers"],
         copied_bytes=stats["copied_bytes"],
+        device=stats["device"],
+        pinned_bytes=stats["pinned_bytes"],
+        host_cache_bytes=stats["host_cache_bytes"],
+        copy_bandwidth_bytes_per_s=stats["copy_bandwidth_bytes_per_s"],
         output_digest=digest,
         difference=difference,
     )
@@ -206,12 +222,14 @@ def _compare(
     inputs: tuple[Any, ...],
     ours: list[torch.Tensor],
     digests: list[str],
+    place: torch.device,
 ) -> str:
     """Where the outputs differ from plain PyTorch's, in words; empty if nowhere."""
     if not ours:
         raise UsageError("there is no tensor in the model's output: nothing to verify")
     plain = factory()
     load_weights(plain, weights if isinstance(weights, WeightsIndex) else open_index(weights))
+    plain.to(place)
     # A model without state gives the same answer every time: one plain pass then stands for all.
     steady = len(set(digests)) == 1
     difference = ""
@@ -221,7 +239,7 @@ def _compare(
             theirs = plain(*inputs)
             if digest != output_digest(theirs) and not difference:
                 last = steady or number == len(digests) - 1
-                words = first_difference(ours, output_tensors(theirs)) if last else ""
+                words = first_difference(ours, [t.cpu() for t in output_tensors(theirs)]) if last else ""
                 difference = words or f"the output of pass {number + 1} differs"
     return difference
 

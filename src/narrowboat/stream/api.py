@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
+from narrowboat.arena.device.find import open_device
+from narrowboat.arena.device.interface import Device
 from narrowboat.checkpoint import WeightsIndex, pack
 from narrowboat.errors import StorageError, StreamedModelError, UsageError
 from narrowboat.machine.cache import cache_folder
@@ -23,9 +26,12 @@ from narrowboat.profile.skeleton import build_skeleton, is_materialised, tensor_
 from narrowboat.profile.warmup import warm_up
 from narrowboat.quantities import parse_bytes
 from narrowboat.stream.auto import follow_limits, initial_budget
+from narrowboat.stream.device_ground import DeviceGround
+from narrowboat.stream.ground import HostGround
 from narrowboat.stream.integrity import MODES
-from narrowboat.stream.prepare import prepare
+from narrowboat.stream.prepare import Prepared, prepare
 from narrowboat.stream.session import Session
+from narrowboat.stream.tiers import Budget, check_free, host_bytes, split_budget
 from narrowboat.stream.tiling import fit
 
 _SESSION = "_narrowboat_session"
@@ -36,9 +42,9 @@ def stream(
     model: Callable[[], nn.Module] | nn.Module,
     weights: str | Path | WeightsIndex | None = None,
     *,
-    budget: int | str,
+    budget: Budget,
     example: tuple[Any, ...] | Mapping[str, Any] | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Device = "cpu",
     strict: bool = True,
     io: str = "auto",
     lock_memory: bool = False,
@@ -57,10 +63,13 @@ def stream(
             materialised module: its weights are then first written to ``offload_folder``.
         budget: bytes for weights, buffers, activations and workspaces above the process baseline: an int,
             ``"300MB"`` or ``"300MiB"``; or ``"auto"``: what the machine can spare, followed while the session lives.
+            On a device, bytes of its memory; ``{"cuda": "6GiB", "cpu": "8GiB"}`` also says how many bytes of pinned
+            host memory may be used, for buffers and a cache of weights (else up to half of what the host can spare).
         example: inputs of one pass, a tuple of positional or a dict of keyword arguments; only shapes are used. If
             left out, the factory's ``example_inputs()`` is used where there is one, else the first real call is
             the trace.
-        device: ``"cpu"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; or as ``arena.device.find.open_device`` takes it, an emulated one
+            (``"emulated:6GiB:12GB"``) among them.
         strict: refuse a weights file with tensors the model does not have.
         io: ``"direct"`` (refuse if it cannot be had), ``"buffered"``, or ``"auto"``.
         lock_memory: keep the arena from being swapped out.
@@ -77,16 +86,17 @@ def stream(
         BudgetError: the budget cannot hold the model (nothing has been read); ``.minimum`` is the smallest that can.
         WeightsError: the file is missing, malformed, or not this model's.
         ModelError: the factory fails, or the example does not fit the model.
+        NoDeviceError, DriverTooOldError: the device cannot be used, and why.
+        DeviceMemoryError: the budget is above what the device has free.
+        PinnedMemoryError: the system refuses to pin so much host memory.
         ForeignHooksError: accelerate's or diffusers' hooks are on the model.
         UsageError: an argument cannot be used as given.
     """
-    nbytes = None if budget == "auto" else parse_bytes(budget, what="budget")
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        kind = ""
-    if kind != "cpu":
-        raise UsageError(f"device {str(device)!r} is not supported by this version: use device='cpu'")
+    accelerator = _accelerator(device)
+    main_budget, for_host = split_budget(budget, accelerator)
+    if accelerator is not None and main_budget == "auto":
+        raise UsageError("budget='auto' follows the host's memory: give a number of bytes for a device")
+    nbytes = None if main_budget == "auto" else parse_bytes(main_budget, what="budget")
     check_names(scheme, objective)
     if verify not in MODES:
         raise UsageError(f"verify must be one of {', '.join(MODES)}, not {verify!r}")
@@ -98,6 +108,8 @@ def stream(
         maker = getattr(model, "example_inputs", None)
         example = maker() if callable(maker) else None
     pair = split_example(example) if example is not None else None
+    if pair is not None:  # the trace is made on the processor, of shapes alone
+        pair = tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) and v.is_cuda else v, pair)
     if weights is not None and not isinstance(weights, (str, os.PathLike, WeightsIndex)):
         raise UsageError(f"weights must be the path of a file or folder, not {type(weights).__name__}")
     before = model.__dict__.get(_SESSION) if isinstance(model, nn.Module) else None
@@ -114,21 +126,23 @@ def stream(
     if weights is None:
         weights, cleanup = _offload(build_skeleton(model), offload_folder)
     try:
-        prepared = prepare(model, weights, pair, strict=strict)
+        prepared = prepare(model, weights, pair, strict=strict, device=accelerator)
         # Everything that can be refused is refused before the module is touched.
         ceiling = prepared.enough()
         automatic = nbytes is None
         if nbytes is None:
             nbytes, _ = initial_budget(ceiling)
         prepared.scheme, prepared.objective = scheme, objective
-        prepared = fit(prepared, nbytes, whole_stacks=verify != "off")
+        if accelerator is None:
+            prepared = fit(prepared, nbytes, whole_stacks=verify != "off")
         made = Session(
             prepared,
             budget=nbytes,
             io=io,
-            lock_memory=lock_memory,
             verify=verify,
-            baseline=baseline + prepared.library_bytes,
+            ground=_ground(accelerator, prepared, nbytes, for_host)
+            if accelerator is not None
+            else HostGround(baseline + prepared.library_bytes, lock_memory=lock_memory),
             cleanup=cleanup,
         )
     except BaseException:
@@ -153,6 +167,20 @@ def session(model: nn.Module) -> Session:
     if not isinstance(found, Session):
         raise StreamedModelError("this model is not streamed: make one with nb.stream(model, weights, budget=...)")
     return found
+
+
+def _accelerator(device: str | torch.device | Device) -> Device | None:
+    """The device to compute on; None for the processor."""
+    return None if str(device) in ("cpu", "cpu:0") else open_device(device)
+
+
+def _ground(device: Device, prepared: Prepared, nbytes: int, for_host: int | None) -> DeviceGround:
+    """Everything that can be refused for want of memory is refused here."""
+    prepared.check(nbytes)
+    check_free(device, nbytes)
+    useful = sum(group.block.nbytes for group in prepared.workload()[1])
+    useful += 2 * prepared.storage.staging_bytes
+    return DeviceGround(device, host_bytes(for_host, useful))
 
 
 def _offload(module: nn.Module, folder: str | Path | None) -> tuple[Path, Callable[[], None]]:

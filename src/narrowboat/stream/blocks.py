@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
+from typing import Any
 
-from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Weight
 from narrowboat.plan import Plan
 from narrowboat.profile.workload import Group
@@ -39,6 +39,7 @@ class BlockState:
         claims: upcoming uses the prefetcher has provided for; a claimed block is not evicted.
         shown: the model sees its weights.
         bound: its slots have their views of the arena.
+        ready: what its kernels have to come after, on a device; None where nothing is left to wait for.
         private: memory of its own while it is in without a place.
     """
 
@@ -57,14 +58,15 @@ class BlockState:
     shown: bool = False
     bound: bool = False
     job: Job | None = None
-    private: Slab | None = None
+    ready: Any = None
+    private: Any = None
 
     @property
     def idle(self) -> bool:
         """Whether its bytes may be overwritten."""
         return self.pins == 0 and self.claims == 0 and self.state is not State.READING
 
-    def bind(self, slab: Slab, base: int) -> None:
+    def bind(self, slab: Any, base: int) -> None:
         """Give every slot its view of the arena."""
         for weight, place in zip(self.weights, self.places, strict=True):
             for slot in weight.slots:
@@ -109,6 +111,7 @@ def make_blocks(
     kept: dict[int, BlockState],
     there: Collection[int] = (),
     *,
+    bases: Sequence[int | None],
     packed: bool,
 ) -> list[BlockState]:
     """The blocks of a plan, each knowing its place, what to read, and whose addresses meet its own.
@@ -120,16 +123,15 @@ def make_blocks(
         groups: the weights of each of the plan's blocks.
         weights: all weights, by number.
         file_number: the reader's number of each weights file, by path.
+        bases: where each block lies in the slab; None for one without a place.
         packed: whether the file's tensors begin at page boundaries.
     """
-    homes = home(plan)
-    streamed = set(plan.streamed)
     blocks: list[BlockState] = []
     for i, group in enumerate(groups):
         if i in kept:
             blocks.append(kept[i])
             continue
-        base = homes[-1] + plan.offsets[i] if i in streamed else homes[i] if i in plan.resident else None
+        base = bases[i]
         assert base is None or base % PAGE == 0, f"{group.block.name} lies at {base}: kernels choose by alignment"
         blocks.append(
             BlockState(

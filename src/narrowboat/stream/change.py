@@ -101,5 +101,6 @@ class BudgetChange:
                 else:
                     self.follow()  # says so
                 return
-        if session.engine.may_change(self._chosen[0].resident):
+        stays = self._chosen[0].resident if session.ground.stays else ()
+        if session.engine.may_change(stays):
             self.follow(self._chosen)

@@ -17,12 +17,10 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from narrowboat.arena.ledger import Ledger
-from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Slot, Weight
 from narrowboat.errors import SessionClosedError, StreamedModelError, TiledWeightError
 from narrowboat.plan.result import Plan
@@ -30,12 +28,11 @@ from narrowboat.profile.tiles import whole_asked_for
 from narrowboat.profile.use_trace import ENTER, EXIT, Event, UseTrace
 from narrowboat.stream.blocks import BlockState, State
 from narrowboat.stream.caller import CastCache
-from narrowboat.stream.lane import ComputeLane
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prefetch import Hold, Prefetcher
 from narrowboat.stream.reader import Reader
+from narrowboat.stream.stopwatch import Stopwatch
 from narrowboat.stream.swap import Swapper, forget_views
-from narrowboat.trace import Trace
 
 if TYPE_CHECKING:
     from narrowboat.stream.lockstep import Crew
@@ -47,9 +44,9 @@ class Engine:
     Args:
         weights: all weights of the model.
         owned: for each module number, the weights registered on that module itself.
-        reader: brings bytes in.
-        ledger: who holds how many bytes.
-        timeline: where reads, computing and stalls are noted.
+        reader: reads bytes.
+        swapper: moves blocks.
+        stopwatch: says what steps take.
 
     Attributes:
         lock: held by the thread whose call is in progress; calls from other threads wait.
@@ -72,7 +69,12 @@ class Engine:
     """
 
     def __init__(
-        self, weights: Sequence[Weight], owned: dict[int, list[int]], reader: Reader, ledger: Ledger, timeline: Trace
+        self,
+        weights: Sequence[Weight],
+        owned: dict[int, list[int]],
+        reader: Reader,
+        swapper: Swapper,
+        stopwatch: Stopwatch,
     ) -> None:
         self.weights = list(weights)
         self.lock = threading.RLock()
@@ -95,8 +97,8 @@ class Engine:
         self._owned = owned
         self._reader = reader
         self._failed = False
-        self._swapper = Swapper(reader, ledger)
-        self._prefetcher = Prefetcher(self._swapper)
+        self._swapper = swapper
+        self._prefetcher = Prefetcher(swapper)
         self.blocks: list[BlockState] = []
         self._block_of: dict[int, BlockState] = {}
         self.events: list[Event] = []
@@ -107,14 +109,13 @@ class Engine:
         self._uses_of_module: dict[int, list[BlockState]] = {}
         self._holds: list[Hold] = []
         self._has_residents = False
-        self._resumed = 0.0
-        self._lane, self._casts = ComputeLane(timeline), CastCache()
+        self.stopwatch, self._casts = stopwatch, CastCache()
         for weight in self.weights:
             weight.owner = self
 
     # -- plans -----------------------------------------------------------------------------------
 
-    def adopt(self, plan: Plan, blocks: list[BlockState], trace: UseTrace | None, slab: Slab) -> None:
+    def adopt(self, plan: Plan, blocks: list[BlockState], trace: UseTrace | None, slab: Any) -> None:
         """Put ``plan`` in force: every block gets its place.
 
         Blocks of the plan before have to be out (``let_go``).
@@ -219,8 +220,8 @@ class Engine:
         self.record = PassRecord(
             started=now, steps=len(self.events), read_before=self._reader.bytes_read, busy_before=self._reader.busy()
         )
-        self._resumed = now
-        self._lane.begin(now)
+        self._swapper.channel.begin()
+        self.stopwatch.begin(self.record)
         self._casts.turn_off()
 
     def mend(self) -> None:
@@ -244,7 +245,7 @@ class Engine:
         self._casts.restore()
         self.running = False
         now = time.perf_counter()
-        self._lane.add("", now)
+        self.stopwatch.end(now)
         for block in list(self._pinned):
             self._unpin(block)
         complete = not self._failed and not self.record.jumped and self.pos == len(self.events) - 1
@@ -258,10 +259,8 @@ class Engine:
 
     def event(self, event: Event) -> None:
         """A step begins: let go of what has been used, and have in what it needs."""
-        now = time.perf_counter()
         pos = self.pos
-        if pos >= 0:
-            self.record.step_seconds[pos] += now - self._resumed
+        self.stopwatch.step_ends(pos)
         if self.on_step is not None:
             self.on_step()
         if self.on_boundary is not None:
@@ -273,7 +272,7 @@ class Engine:
         if following < len(events) and events[following] == event:
             self.pos = following
             if following not in self._prefetcher.turns and not self._passing and self.observed is None:
-                self._resumed = now
+                self.stopwatch.resume()
                 return  # nothing begins or ends here
             self._expire(following)
             known = True
@@ -289,7 +288,7 @@ class Engine:
             for _, _, block in begins:
                 self._bring(block)
         self._prefetcher.advance()
-        self._resumed = time.perf_counter()
+        self.stopwatch.resume()
 
     # -- sweeps: several passes in lockstep ----------------------------------------------------------
 
@@ -380,6 +379,9 @@ class Engine:
 
     def _bring(self, block: BlockState) -> None:
         """Return with the block's weights in and shown."""
+        comes = block.state is not State.IN or block.ready is not None
+        if comes:
+            self.stopwatch.holds_up(block.index)
         if block.state is not State.IN:
             if block.state is State.OUT:
                 self._make_place(block)
@@ -388,16 +390,14 @@ class Engine:
             self._swapper.finish(block)
             after = time.perf_counter()
             self.record.stalled(block.index, after - before)
-            self.waited(block.name, before, after)
+            self.stopwatch.waited(block.name, before, after)
+        if comes:
+            self._swapper.channel.make_ready(block)
+            self.stopwatch.goes_on()
         if self.on_arrival is not None:
             self._inspect(block)
         # Not shown where every operator has to meet the stand-ins, or its use goes unseen.
         self._swapper.put_in(block, show=self.observed is None)
-
-    def waited(self, name: str, before: float, after: float) -> None:
-        """Show a wait for ``name`` in the trace; one in the middle of a step is not computing."""
-        self._resumed += after - before
-        self._lane.add(name, before, after)
 
     def _inspect(self, block: BlockState) -> None:
         if self.on_arrival is None or block.shown:
@@ -436,6 +436,7 @@ class Engine:
         if all(block.state is State.IN for block in residents):
             self._prefetcher.unclaim()
             for block in residents:
+                self._swapper.channel.make_ready(block)
                 self._inspect(block)
                 self._swapper.put_in(block)
             self._prefetcher.arrange([hold for hold in self._holds if not hold[2].resident])
@@ -480,7 +481,7 @@ class Engine:
                     self._bring(block)
                 if not inside:
                     self.on_touch()
-                yield lambda slot: slot.view if slot.other is not None else _empty(slot)
+                yield lambda slot: slot.view if slot.other is not None else slot.empty()
             except Exception:
                 raise
             except BaseException:
@@ -494,7 +495,3 @@ class Engine:
                         self._pin(block, self._pinned.get(block, -1))
                     elif block.pins == 0 and block.private is not None:
                         self._swapper.evict(block)
-
-
-def _empty(slot: Slot) -> torch.Tensor:
-    return torch.empty(slot.weight.entry.shape, dtype=slot.weight.entry.dtype)

@@ -160,7 +160,7 @@ def start_experts(session: Session) -> ExpertCache | None:
 
     def waited(name: str, before: float, after: float) -> None:
         engine.record.stall += after - before
-        engine.waited(name, before, after)
+        engine.stopwatch.waited(name, before, after)
 
     cache = ExpertCache(
         prepared.experts,
@@ -171,7 +171,7 @@ def start_experts(session: Session) -> ExpertCache | None:
         ledger=session.ledger,
         waited=waited,
         forecast=Forecast(prepared.module, prepared.experts.stacks, prepared.matched.numbers, prepared.weights),
-        lock=session.lock_memory,
+        lock=session.ground.lock_memory,
     )
     operators = ExpertOperators(cache, engine)
     for w in prepared.experts.weights:

@@ -76,7 +76,11 @@ class Maps:
         self.sweeps: deque[PassRecord] = deque(maxlen=256)
         self.swept = 0
         self.group = 1
-        self.why_alone = "experts are read on demand, for one pass at a time" if session.prepared.experts else ""
+        self.why_alone = ""
+        if session.prepared.experts:
+            self.why_alone = "experts are read on demand, for one pass at a time"
+        elif session.ground.device is not None:
+            self.why_alone = "inputs are kept together on the processor only"
         self.predicted = 0.0
         self.in_force = False
         self._probes = 0
@@ -102,7 +106,7 @@ class Maps:
         session = self._session
         if session.closed:
             raise SessionClosedError(session.engine.closed)
-        if batch is not None and session.plan.streamed and session.prepared.experts is None:
+        if batch is not None and session.plan.streamed and not self.why_alone:
             self._refuse_too_many(batch)
         total = len(inputs) if isinstance(inputs, Sized) else None
         outputs = self._deliver(iter(inputs), batch, errors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowboat.arena.device.interface import Device
 from narrowboat.arena.slot import Weight
 from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import BudgetError, ModelError, ProfileError
@@ -26,15 +26,16 @@ from narrowboat.plan.make import check_budget, make_plan, minimum_budget
 from narrowboat.plan.model import PAGE, Machine, Workload
 from narrowboat.plan.result import Plan
 from narrowboat.plan.table import PlanTable
+from narrowboat.profile.assumed import module_by_module, refuse_foreign_arguments, weights_owned
 from narrowboat.profile.experts import Experts
 from narrowboat.profile.measure import estimate_steps
 from narrowboat.profile.measured import MeasuredProfile, identity_of, load_profile, read_profile, save_profile
-from narrowboat.profile.memory import activation_parts, fault_seconds, in_flight_bytes
+from narrowboat.profile.memory import activation_parts, device_parts, fault_seconds, in_flight_bytes
 from narrowboat.profile.skeleton import Matched, build_skeleton, fixed_buffer_bytes, match_weights
 from narrowboat.profile.tiles import Tiling
 from narrowboat.profile.trace_cache import fingerprint, load_trace, save_trace
 from narrowboat.profile.unfused_trace import trace_unfused
-from narrowboat.profile.use_trace import ENTER, TraceError, UseTrace, trace_uses
+from narrowboat.profile.use_trace import TraceError, UseTrace, trace_uses
 from narrowboat.profile.warmup import warm_up_stand_ins, warm_up_tracer
 from narrowboat.profile.workload import Group, form_groups
 
@@ -84,6 +85,7 @@ class Prepared:
         scheme: how its plans are made: ``"best"``, or one of ``plan.schemes``.
         objective: what they are to make short, of ``plan.model.OBJECTIVES``.
         measured: what is known of passes on this machine, and what that depends on; None without a trace in advance.
+        device: what computes; None for the processor.
         tiling: which layers are computed in tiles; None where all are in one piece.
         experts: the stacks whose experts are read on demand; None where there are none, or all fits.
         expert_floor: bytes set aside for experts before ordinary weights get theirs; they get what is left besides.
@@ -115,6 +117,7 @@ class Prepared:
     in_flight_correction: int = 0
     left_behind: int = 0
     measured: MeasuredProfile | None = None
+    device: Device | None = None
     _table: tuple[object, PlanTable] | None = field(default=None, repr=False)
     tiling: Tiling | None = None
     experts: Experts | None = None
@@ -319,7 +322,9 @@ class Prepared:
 
     @property
     def _policies(self) -> tuple[MallocPolicy, ...]:
-        return tuple(MallocPolicy) if self.trace is not None and allocator_name() == "glibc" else (self.policy,)
+        if self.trace is None or self.device is not None or allocator_name() != "glibc":
+            return (self.policy,)
+        return tuple(MallocPolicy)
 
     def remake(self, machine: Machine, budget: int, before: Plan) -> tuple[Plan, list[Group]]:
         """Plan anew under the policy in force, from what has been measured since; searches on while it pays."""
@@ -333,7 +338,7 @@ class Prepared:
         return replace(self._shared(plan), minimum=least, limiter=before.limiter, tiled=self.tiled), groups
 
     def _workload(self, policy: MallocPolicy, together: int = 1, left_behind: int = 0) -> tuple[Workload, list[Group]]:
-        trace = self.trace if self.trace is not None else _module_by_module(self.owned)
+        trace = self.trace if self.trace is not None else module_by_module(self.owned)
         if self._groups is None or self._groups[0] is not self.trace:
             self._groups = (self.trace, form_groups(trace, self.weights, packed=self.index.packed))
         groups = self._groups[1]
@@ -342,7 +347,8 @@ class Prepared:
         if self.experts is not None:
             reserved["experts"] = self.expert_floor
         if self.trace is not None and self.trace.activation_bytes:
-            reserved.update(activation_parts(trace, policy))
+            on_device = self.device is not None
+            reserved.update(device_parts(trace) if on_device else activation_parts(trace, policy))
             if trace.cache_bytes:
                 reserved["activations"] = max(reserved["activations"] - trace.cache_bytes, 0)
                 reserved["kv-cache"] = trace.cache_bytes
@@ -391,6 +397,7 @@ def prepare(
     example: tuple[tuple[Any, ...], dict[str, Any]] | None,
     *,
     strict: bool = True,
+    device: Device | None = None,
 ) -> Prepared:
     """Build the skeleton, open the weights, match them, and trace one pass on fake tensors.
 
@@ -399,6 +406,7 @@ def prepare(
         weights: file or folder, or the index of one.
         example: ``(args, kwargs)`` of one pass, or None.
         strict: refuse tensors in the file that the model does not have.
+        device: what computes; None for the processor.
     """
     before, loaded = process_memory().rss, len(sys.modules)
     module = build_skeleton(model)
@@ -414,7 +422,7 @@ def prepare(
     measured: MeasuredProfile | None = None
     why = NO_EXAMPLE
     if example is not None:
-        _refuse_foreign_arguments(module, example)
+        refuse_foreign_arguments(module, example)
         key = fingerprint(module, *example)
         trace = load_trace(key)
         if trace is None:
@@ -430,7 +438,7 @@ def prepare(
                     raise ModelError(f"the example inputs do not fit {type(module).__name__}: {why}") from error
         if trace is not None:
             unfused = trace_unfused(module, matched.numbers, example, trace, key)
-            identity = identity_of(key, index.digest)
+            identity = identity_of(key, index.digest, device.name if device is not None else "")
             measured = load_profile(identity) or MeasuredProfile(identity, "", [])
             if len(measured.step_seconds) != len(trace.uses):
                 measured = MeasuredProfile(identity, "", [])
@@ -441,17 +449,21 @@ def prepare(
     known = measured is not None and bool(measured.step_seconds)
     storage = load_storage_choice(index.files[0])
     parts = {"buffers": fixed_buffer_bytes(module)}
-    if not index.packed:
-        storage = storage.for_copies()
-        parts["staging"] = storage.staging_bytes
-    parts["bookkeeping"] = bookkeeping
+    if device is not None:  # its memory is counted, and the host's is another budget
+        parts["chunks"] = device.granularity
+        parts["workspace"] = device.workspace
+    else:
+        if not index.packed:
+            storage = storage.for_copies()
+            parts["staging"] = storage.staging_bytes
+        parts["bookkeeping"] = bookkeeping
     return Prepared(
         module,
         index,
         matched,
         trace,
         parts,
-        _owned(module, matched.numbers),
+        weights_owned(module, matched.numbers),
         storage,
         step_seconds=_step_seconds(trace, measured if known else None),
         unfused=unfused,
@@ -459,6 +471,7 @@ def prepare(
         library_bytes=libraries,
         measured_under=MallocPolicy(measured.policy) if measured is not None and known else None,
         measured=measured,
+        device=device,
     )
 
 
@@ -466,35 +479,3 @@ def _step_seconds(trace: UseTrace | None, measured: MeasuredProfile | None) -> t
     if measured is not None:
         return tuple(measured.step_seconds)
     return estimate_steps(trace) if trace is not None else ()
-
-
-def _refuse_foreign_arguments(module: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    try:
-        inspect.signature(module.forward).bind(*example[0], **example[1])
-    except TypeError as error:
-        raise ModelError(f"the example inputs do not fit {type(module).__name__}.forward: {error}") from error
-    except ValueError:
-        return  # a forward without a signature
-
-
-def _owned(module: nn.Module, numbers: dict[int, int]) -> dict[int, list[int]]:
-    owned: dict[int, list[int]] = {}
-    for number, (_, child) in enumerate(module.named_modules()):
-        # These hand the weights of the modules inside them to one operator.
-        fused = isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-        inside = child.modules() if fused else (child,)
-        tensors = [t for m in inside for t in (*m._parameters.values(), *m._buffers.values())]
-        found = [numbers[id(t)] for t in tensors if t is not None and id(t) in numbers]
-        if found:
-            owned[number] = found
-    return owned
-
-
-def _module_by_module(owned: dict[int, list[int]]) -> UseTrace:
-    """What is assumed before anything is known: modules run in order of registration, each using what it owns."""
-    trace = UseTrace()
-    for number, weights in owned.items():
-        trace.open_step((number, ENTER))
-        for weight in weights:
-            trace.use(weight)
-    return trace

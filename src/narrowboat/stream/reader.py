@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import FileStamp
@@ -39,6 +40,16 @@ class Extent:
     target: int
 
 
+class Landing(Protocol):
+    """How the pieces of a job come to their places, where that is not a read into host memory and no more."""
+
+    def land(self, reader: Reader, piece: Extent, worker: int) -> int:
+        """Bring one piece, in a reader's thread; returns how many of its bytes the host had to copy."""
+
+    def landed(self) -> Any:
+        """Every piece has been brought; returns what the job is then ``ready`` by."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One block on its way in.
@@ -47,13 +58,17 @@ class Job:
         name: for the trace.
         slab: where its extents' targets are counted in.
         extents: what to read.
-        done: all bytes are in, or ``error`` is set.
+        landing: who brings the pieces to their places; None for a read into the slab.
+        done: all bytes are in (with a landing: brought on their way), or ``error`` is set.
+        ready: what else its user has to wait for, as ``landing`` says.
         started, finished: ``perf_counter`` seconds.
     """
 
     name: str
-    slab: Slab
+    slab: Any
     extents: Sequence[Extent]
+    landing: Landing | None = None
+    ready: Any = None
     left: int = 0
     done: bool = False
     error: NarrowboatError | None = None
@@ -167,6 +182,7 @@ class Reader:
         self._busy_since = 0.0
         self._threads: list[threading.Thread] = []
         self._workers = workers
+        self._staging: dict[int, mmap.mmap] = {}  # by worker
         self._running = 0
         self.bytes_read = 0
         self.bytes_copied = 0
@@ -177,9 +193,26 @@ class Reader:
         """Bytes of the workers' staging buffers if every one of them is in use."""
         return self._workers * (self._chunk + 2 * PAGE)
 
-    def submit(self, name: str, slab: Slab, extents: Sequence[Extent], *, urgent: bool = False) -> Job:
+    @property
+    def files(self) -> Sequence[WeightsFile]:
+        """The open weights files."""
+        return tuple(self._files)
+
+    @property
+    def chunk(self) -> int:
+        """Bytes per read call."""
+        return self._chunk
+
+    @property
+    def workers(self) -> int:
+        """Threads."""
+        return self._workers
+
+    def submit(
+        self, name: str, slab: Any, extents: Sequence[Extent], *, urgent: bool = False, landing: Landing | None = None
+    ) -> Job:
         """Queue a block; ``urgent`` ones go before those that wait."""
-        job = Job(name, slab, extents)
+        job = Job(name, slab, extents, landing)
         pieces = [
             (job, Extent(e.file, e.offset + at, min(self._chunk, e.nbytes - at), e.target + at))
             for e in extents
@@ -191,7 +224,7 @@ class Reader:
             if self._closed:
                 raise StorageError("the reader is closed")
             if not pieces:
-                job.done = True
+                job.ready, job.done = landing.landed() if landing is not None else None, True
                 return job
             if not self._threads:
                 self._start()
@@ -287,7 +320,6 @@ class Reader:
             self._threads.append(thread)
 
     def _work(self, worker: int) -> None:
-        staging: mmap.mmap | None = None
         while True:
             with self._cond:
                 while not self._queue and not self._closed:
@@ -304,19 +336,10 @@ class Reader:
             error: NarrowboatError | None = None
             copied = 0
             try:
-                if job.error is None:
-                    file = self._files[piece.file]
-                    aligned = piece.offset % PAGE == 0 and piece.target % PAGE == 0 and piece.nbytes % PAGE == 0
-                    if aligned or not file.direct:
-                        self._read_into(
-                            file, piece.offset, job.slab.bytes_at(piece.target, piece.nbytes), piece.nbytes
-                        )
-                        if not file.direct:
-                            os.posix_fadvise(file.fd, piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
-                    else:
-                        staging = staging or mmap.mmap(-1, self._chunk + 2 * PAGE)
-                        self._read_staged(file, piece, job.slab, staging)
-                        copied = piece.nbytes
+                if job.error is None and job.landing is not None:
+                    copied = job.landing.land(self, piece, worker)
+                elif job.error is None:
+                    copied = self.place(piece, job.slab, worker)
             except NarrowboatError as caught:
                 error = caught
             except OSError as caught:
@@ -339,11 +362,45 @@ class Reader:
                     job.error = job.error or error
                 job.left -= 1
                 if job.left == 0:
+                    if job.landing is not None and job.error is None:
+                        try:
+                            job.ready = job.landing.landed()
+                        except NarrowboatError as caught:
+                            job.error = caught
                     job.finished = end
                     job.done = True
                     self._cond.notify_all()
                 elif not self._queue:
                     self._cond.notify_all()
+
+    def place(self, piece: Extent, slab: Slab, worker: int) -> int:
+        """Read a piece to its target in ``slab``, in the thread of ``worker``; returns how many bytes were copied."""
+        direct = self._files[piece.file].direct
+        if not direct or (piece.offset % PAGE == 0 and piece.target % PAGE == 0 and piece.nbytes % PAGE == 0):
+            file = self._files[piece.file]
+            self._read_into(file, piece.offset, slab.bytes_at(piece.target, piece.nbytes), piece.nbytes)
+            self._drop_cached(file, piece)
+            return 0
+        staging = self._staging.get(worker) or mmap.mmap(-1, self._chunk + 2 * PAGE)
+        self._staging[worker] = staging
+        head = self.fetch(piece, memoryview(staging))
+        source = ctypes.addressof(ctypes.c_char.from_buffer(staging)) + head
+        ctypes.memmove(slab.address + piece.target, source, piece.nbytes)
+        return piece.nbytes
+
+    def fetch(self, piece: Extent, into: memoryview) -> int:
+        """Read the whole pages that hold a piece into page-aligned memory; returns where in it the piece begins."""
+        file = self._files[piece.file]
+        head = piece.offset % PAGE
+        length = -(-(head + piece.nbytes) // PAGE) * PAGE
+        self._read_into(file, piece.offset - head, into[:length], head + piece.nbytes)
+        self._drop_cached(file, piece)
+        return head
+
+    @staticmethod
+    def _drop_cached(file: WeightsFile, piece: Extent) -> None:
+        if not file.direct:
+            os.posix_fadvise(file.fd, piece.offset, piece.nbytes, os.POSIX_FADV_DONTNEED)
 
     def _read_into(self, file: WeightsFile, offset: int, target: memoryview, needed: int) -> None:
         """Fill ``target``; at least ``needed`` bytes must exist in the file."""
@@ -372,11 +429,3 @@ class Reader:
                     got -= got % PAGE
                 else:
                     file.fall_back("reads shorter than a page")
-
-    def _read_staged(self, file: WeightsFile, piece: Extent, slab: Slab, staging: mmap.mmap) -> None:
-        head = piece.offset % PAGE
-        start = piece.offset - head
-        length = -(-(head + piece.nbytes) // PAGE) * PAGE
-        self._read_into(file, start, memoryview(staging)[:length], head + piece.nbytes)
-        source = ctypes.addressof(ctypes.c_char.from_buffer(staging)) + head
-        ctypes.memmove(slab.address + piece.target, source, piece.nbytes)

@@ -32,3 +32,17 @@ def refuse_training(weights: Iterable[Weight], norms: Iterable[nn.Module]) -> No
             "the model is in training mode, and its normalisation layers would write running statistics into "
             "streamed weights: call model.eval()"
         )
+
+
+def refuse_moving_written(weights: Iterable[Weight]) -> None:
+    """Before weights move.
+
+    Raises:
+        StreamedModelError: one was written to since it came in: that would be lost.
+    """
+    for weight in weights:
+        if any(slot.other is not None and slot.written for slot in weight.slots):
+            raise StreamedModelError(
+                f"weight {weight.name!r} was modified in place, and the change would be lost if it had to move: "
+                "save the weights, pack them, and stream the model from the new file"
+            )

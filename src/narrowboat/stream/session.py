@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from narrowboat.arena.ledger import Ledger
-from narrowboat.arena.slab import Slab
 from narrowboat.errors import (
     BudgetError,
     NarrowboatError,
@@ -34,19 +33,20 @@ from narrowboat.stream.blocks import BlockState, beyond, held_ranges, make_block
 from narrowboat.stream.change import BudgetChange
 from narrowboat.stream.engine import Engine
 from narrowboat.stream.expert_ops import start_experts
+from narrowboat.stream.ground import Ground
 from narrowboat.stream.heap_guard import HeapGuard
 from narrowboat.stream.integrity import Integrity
 from narrowboat.stream.map import Maps
-from narrowboat.stream.memory_watch import MemoryWatch
 from narrowboat.stream.passes import PassRecord
 from narrowboat.stream.prepare import NO_EXAMPLE, Prepared
 from narrowboat.stream.probe import quick_bandwidth
 from narrowboat.stream.reader import Reader, WeightsFile
-from narrowboat.stream.refuse import refuse_training
+from narrowboat.stream.refuse import refuse_moving_written, refuse_training
 from narrowboat.stream.reuse import reusable
 from narrowboat.stream.rows import RowReader
 from narrowboat.stream.settle import learn, settle
 from narrowboat.stream.stats import collect
+from narrowboat.stream.swap import Swapper
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
 
@@ -83,9 +83,8 @@ class Session:
         *,
         budget: int,
         io: str,
-        lock_memory: bool,
         verify: str,
-        baseline: int,
+        ground: Ground,
         cleanup: Callable[[], None] | None = None,
     ) -> None:
         self.prepared = prepared
@@ -93,10 +92,10 @@ class Session:
         self._index = index = prepared.index
         self._budget = budget
         self._cleanup = cleanup
-        self.lock_memory = lock_memory
         self._pid = os.getpid()
-        self.baseline = baseline
-        self.memory = MemoryWatch(baseline)
+        self.ground = ground
+        self.memory = ground.memory
+        self.baseline = self.memory.baseline
         self._closed = False
         self.ledger = Ledger()
         self.timeline = Trace()
@@ -107,7 +106,7 @@ class Session:
         self.settled = False
         self.maps = Maps(self)
         self.following: threading.Event | None = None  # budget="auto"
-        self.slab: Slab | None = None
+        self.slab: Any = None
         pairs = zip(index.files, index.stamps, strict=True)
         self.files = [WeightsFile(path, stamp, direct=io != "buffered") for path, stamp in pairs]
         if io == "direct" and not all(file.direct for file in self.files):
@@ -117,18 +116,24 @@ class Session:
                 f"io='direct' was asked for, but {self.files[0].path} refuses direct I/O ({reason}); use io='auto'"
             )
         self._file_number = {str(file.path): i for i, file in enumerate(self.files)}
-        self.reader = Reader(
-            self.files, chunk=prepared.storage.chunk, workers=prepared.storage.depth, trace=self.timeline
-        )
+        storage = prepared.storage
+        chunk = ground.chunk(storage.chunk, storage.depth)
+        self.reader = Reader(self.files, chunk=chunk, workers=storage.depth, trace=self.timeline)
         try:
-            self.machine = prepared.machine(quick_bandwidth(self.reader, self.files))
+            channel = ground.connect(self.reader)
+            self.machine = ground.machine(prepared, quick_bandwidth(self.reader, self.files))
             plan, groups = prepared.choose(self.machine, budget)
             set_malloc_policy(prepared.policy)  # gives back what building and tracing left free in the heap
             if prepared.tiling is not None:
                 rows = RowReader(self.reader, self._file_number, [stamp.size for stamp in index.stamps])
                 install(prepared.module, prepared.tiling, prepared.matched.numbers, rows)
+            for weight in prepared.weights:
+                weight.device = ground.torch_device
             attach_slots(prepared.module, prepared.matched)
-            self.engine = Engine(prepared.weights, prepared.owned, self.reader, self.ledger, self.timeline)
+            ground.adopt_buffers(prepared.module)
+            swapper = Swapper(channel, self.ledger, ground.private)
+            watch = ground.stopwatch(self.timeline)
+            self.engine = Engine(prepared.weights, prepared.owned, self.reader, swapper, watch)
             self.guard = HeapGuard(self.memory, self.engine)
             self.experts = start_experts(self)
             self.engine.on_begin = self._before_pass
@@ -146,10 +151,13 @@ class Session:
         except BaseException:
             self.reader.close()
             self._close_files()
+            if self.slab is not None:
+                self.slab.close()
+            ground.close()
             if prepared.tiling is not None:
                 uninstall(prepared.module, prepared.tiling)
             raise
-        wrap_modules(prepared.module, self.engine)
+        wrap_modules(prepared.module, self.engine, ground.named)
         _open_sessions.add(self)
         warn_about_openmp()
         if prepared.trace is None:
@@ -285,6 +293,7 @@ class Session:
             if self.slab is not None:
                 self.slab.close()
                 self.slab = None
+            self.ground.close()
             if self.experts is not None:
                 self.experts.close()
             self.ledger.set("resident", 0)
@@ -299,9 +308,8 @@ class Session:
         """Put a plan in force in memory of its own; every block has to be out."""
         if self.slab is not None:
             self.slab.close()
-        # Twice the weights in addresses, not in memory: each block's home, and the window after them.
-        self.slab = Slab(2 * plan.weight_bytes, lock=self.lock_memory, populate=False)
-        self.slab.hold(held_ranges(plan), behind=True)
+        self.slab = None
+        self.slab = self.ground.slab(plan)
         self._use(plan, groups, {})
 
     def put_in_force(self, plan: Plan, groups: list[Group], *, budget: int | None = None) -> None:
@@ -325,7 +333,7 @@ class Session:
 
     def _replace(self, plan: Plan, groups: list[Group]) -> None:
         before, slab = self.plan, self.slab
-        if slab is None or plan.blocks != before.blocks:
+        if slab is None or plan.blocks != before.blocks or not self.ground.stays:
             self.engine.let_go()
             self._adopt(plan, groups)
             return
@@ -341,8 +349,8 @@ class Session:
 
     def _use(self, plan: Plan, groups: list[Group], kept: dict[int, BlockState], there: Collection[int] = ()) -> None:
         assert self.slab is not None
-        packed = self._index.packed
-        blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, there, packed=packed)
+        bases, packed = self.ground.bases(plan), self._index.packed
+        blocks = make_blocks(plan, groups, self._weights, self._file_number, kept, there, bases=bases, packed=packed)
         self.engine.adopt(plan, blocks, self.prepared.trace, self.slab)
         if self.experts is not None:
             self.experts.resize(plan.expert_bytes)
@@ -356,14 +364,9 @@ class Session:
         Raises:
             StreamedModelError: one was written to since it came in: that would be lost.
         """
-        for weight in self._weights:
-            if any(slot.other is not None and slot.written for slot in weight.slots):
-                raise StreamedModelError(
-                    f"weight {weight.name!r} was modified in place, and the change would be lost if it had to move: "
-                    "save the weights, pack them, and stream the model from the new file"
-                )
+        refuse_moving_written(self._weights)
 
-    def _slab_in_force(self) -> Slab:
+    def _slab_in_force(self) -> Any:
         assert self.slab is not None
         return self.slab
 
@@ -384,7 +387,8 @@ class Session:
     def _before_pass(self) -> None:
         refuse_training(self._weights, self._norms)
         self._check_files()
-        self.engine.on_step = self.guard.hook(self.prepared.trace, self.prepared.policy, self._budget, self.alone)
+        if self.ground.device is None:
+            self.engine.on_step = self.guard.hook(self.prepared.trace, self.prepared.policy, self._budget, self.alone)
 
     def _readopt(self) -> None:
         """Begin anew with the plan in force, in fresh memory, after an interruption."""
@@ -419,13 +423,14 @@ class Session:
 
     def beside_weights(self) -> int:
         """Bytes the process holds over its baseline and the arena; 0 where other sessions may hold some of them."""
-        if not self.alone:
+        if not self.alone or self.ground.device is not None:
             return 0
         experts = self.experts.held if self.experts is not None else 0
         return max(resident_bytes() - self.baseline - self.plan.arena_bytes - experts, 0)
 
     def _take_note(self, record: PassRecord) -> None:
         self._look()
+        self.ground.times(hold=not self.settled)
         if self.records:
             self.records[-1].forget_details()
         self.records.append(record)
@@ -441,6 +446,7 @@ class Session:
         elif not self.settled and record.complete and self.complete_passes >= _SETTLE_AFTER:
             self.settled = True
             settle(self, record)
+            self.ground.settled(self.plan, self._budget)
         elif self.settled and self.overrun() > 0:
             settle(self, record)
 

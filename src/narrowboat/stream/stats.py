@@ -68,8 +68,16 @@ def collect(session: Session) -> dict[str, Any]:
     expert_policy_hits       share   by policy, of the bytes used it would have had in; at the last choice
     openmp_policy            text    how OpenMP's threads wait (see ``narrowboat doctor``)
     openmp_risky             bool    a busy neighbour can make a pass many times slower
+    device                   text    where the model runs; the rest is 0 on ``cpu``
+    host_budget_bytes        bytes   pinned host memory the session may use
+    pinned_bytes             bytes   pinned host memory it has: buffers, and the cache of weights
+    host_cache_bytes         bytes   of the cache, what the plan in force puts there
+    device_copied_bytes      bytes   from host memory to the device so far
+    copy_bandwidth_bytes_per_s B/s   of such copies, as measured when the session began
+    direct_to_device_refusal text    why storage is not read straight into the device; empty where it is
     ======================== ======= ==========================================================
     """
+    session.ground.times(hold=False)
     records = list(session.records)
     settled = [r.latency for r in records if r.complete][min(2, max(len(records) - 1, 0)) :]
     status = openmp_status()
@@ -109,7 +117,7 @@ def collect(session: Session) -> dict[str, Any]:
         "jumps": session.engine.jumps,
         "allocator_policy": session.prepared.policy.value,
         "heap_trims": session.guard.trims,
-        "memory_locked": session.slab.locked if session.slab is not None else False,
+        "memory_locked": bool(session.slab.locked) if session.slab is not None else False,
         "map_group": maps.group,
         "map_inputs": maps.inputs,
         "map_alone": maps.alone,
@@ -122,6 +130,7 @@ def collect(session: Session) -> dict[str, Any]:
         **_experts(session),
         "openmp_policy": status.policy,
         "openmp_risky": status.risky,
+        **session.ground.stats(),
     }
 
 

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from narrowboat.arena.ledger import Ledger
 from narrowboat.arena.slab import Slab
 from narrowboat.arena.slot import Weight
 from narrowboat.errors import BudgetError, StorageError, StreamedModelError
 from narrowboat.quantities import format_bytes
 from narrowboat.stream.blocks import BlockState, State
-from narrowboat.stream.reader import Extent, Reader
+from narrowboat.stream.channel import Channel
+from narrowboat.stream.reader import Extent
 
 
 class Swapper:
     """Moves single blocks; knows nothing of their order.
 
     Args:
-        reader: brings bytes in.
+        channel: brings bytes to their places.
         ledger: who holds how many bytes.
+        private: makes memory for a block beside the plan, of so many bytes.
 
     Attributes:
         room_off_plan: bytes of the budget that the plan leaves free, for blocks loaded beside it.
         held_besides: bytes of the budget that the plan sets aside for other things than weights.
     """
 
-    def __init__(self, reader: Reader, ledger: Ledger) -> None:
-        self._reader = reader
+    def __init__(self, channel: Channel, ledger: Ledger, private: Callable[[int], Any] = Slab) -> None:
+        self.channel = channel
         self._ledger = ledger
-        self._slab: Slab | None = None
+        self._private = private
+        self._slab: Any = None
         self.room_off_plan = 0
         self.held_besides = 0
 
-    def use(self, slab: Slab, room_off_plan: int) -> None:
+    def use(self, slab: Any, room_off_plan: int) -> None:
         """Blocks have their places in ``slab`` from now on."""
         self._slab = slab
         # Two percent, or a mebibyte: rounding must not refuse what the plan's author would have allowed.
@@ -54,7 +60,7 @@ class Swapper:
             base = min(e.target for e in extents)
             extents = [Extent(e.file, e.offset, e.nbytes, e.target - base) for e in extents]
         assert slab is not None
-        block.job = self._reader.submit(block.name, slab, extents, urgent=urgent)
+        block.job = self.channel.submit(block, slab, extents, urgent=urgent)
         block.state = State.READING
 
     def finish(self, block: BlockState) -> None:
@@ -63,7 +69,7 @@ class Swapper:
             job = block.job
             assert job is not None
             try:
-                self._reader.wait(job)
+                self.channel.wait(job)
             except BaseException as error:
                 if job.done:
                     block.state, block.job = State.OUT, None
@@ -72,7 +78,7 @@ class Swapper:
                     raise
                 self.submit(block, urgent=True)
             else:
-                block.state, block.job = State.IN, None
+                block.state, block.ready, block.job = State.IN, job.ready, None
                 return
 
     @staticmethod
@@ -80,7 +86,7 @@ class Swapper:
         """Note the outcome of a read that has ended, without waiting or raising."""
         if block.state is State.READING and block.job is not None and block.job.done:
             block.state = State.OUT if block.job.error is not None else State.IN
-            block.job = None
+            block.ready, block.job = block.job.ready, None
 
     def evict(self, block: BlockState) -> None:
         """Put stand-ins where the block's weights were; bytes that others kept are moved aside first.
@@ -91,6 +97,8 @@ class Swapper:
         if block.state is State.OUT:
             return
         block.state, block.job = State.OUT, None
+        if block.ready is not None:
+            self.channel.give_up(block)
         written = ""
         block.shown = False
         # Shown or not: an operator that met a stand-in may have made a view.
@@ -128,7 +136,7 @@ class Swapper:
                 minimum=self.held_besides + self._ledger.total + block.nbytes,
                 limiter=block.name,
             )
-        block.private = Slab(block.nbytes)
+        block.private = self._private(block.nbytes)
         self._ledger.add("off_plan", block.nbytes)
         self._rebind(block)
 
@@ -137,7 +145,7 @@ class Swapper:
         if slab is not None and base is not None:
             block.bind(slab, base)
 
-    def _place(self, block: BlockState) -> tuple[Slab | None, int | None]:
+    def _place(self, block: BlockState) -> tuple[Any, int | None]:
         return (block.private, 0) if block.private is not None else (self._slab, block.offset)
 
     def _rescue(self, block: BlockState, weight: Weight) -> None:

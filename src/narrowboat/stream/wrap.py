@@ -24,8 +24,15 @@ from narrowboat.stream.engine import Engine
 _MARK = "_narrowboat_engine"
 
 
-def wrap_modules(root: nn.Module, engine: Engine) -> None:
-    """Wrap every module of ``root`` that has weights below it, and ``root`` itself."""
+Named = Callable[[Exception], Exception | None]
+
+
+def wrap_modules(root: nn.Module, engine: Engine, named: Named = lambda error: None) -> None:
+    """Wrap every module of ``root`` that has weights below it, and ``root`` itself.
+
+    Args:
+        named: what to raise instead of an error that a pass ended with; None for the error itself.
+    """
     for number, (name, module) in enumerate(streamed_modules(root)):
         # A module without weights may be one object in many models (an activation kept in a table, say).
         if module is not root and not announces(module):
@@ -35,7 +42,7 @@ def wrap_modules(root: nn.Module, engine: Engine) -> None:
             _guard(module, name)
         forward = module.forward
         module.__dict__["_narrowboat_forward"] = module.__dict__.get("forward")
-        module.forward = _wrap(engine, number, forward)
+        module.forward = _wrap(engine, number, forward, named)
 
 
 def unwrap_modules(root: nn.Module) -> None:
@@ -58,7 +65,7 @@ def engine_of(module: nn.Module) -> Engine | None:
     return module.__dict__.get(_MARK)
 
 
-def _wrap(engine: Engine, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(engine: Engine, number: int, forward: Callable[..., Any], named: Named) -> Callable[..., Any]:
     lock, enter, leave = engine.lock, engine.enter, engine.leave
 
     @functools.wraps(forward)
@@ -77,8 +84,11 @@ def _wrap(engine: Engine, number: int, forward: Callable[..., Any]) -> Callable[
                     raise
                 leave(number, depth)
                 return result
-            except Exception:
-                raise
+            except Exception as error:
+                ours = named(error) if depth == 0 else None
+                if ours is None:
+                    raise
+                raise ours from error
             except BaseException:
                 # Ctrl-C can strike between any two instructions, the engine's own included.
                 engine.torn = True
@@ -105,12 +115,13 @@ def _guard(module: nn.Module, name: str) -> None:
 
     def apply(fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for tensor in [*module.parameters(), *module.buffers()]:
-            probe = torch.empty(0, dtype=tensor.dtype)
+            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             moved = fn(probe)
             if moved.dtype != probe.dtype or moved.device != probe.device:
                 before, after = (str(t.dtype).removeprefix("torch.") for t in (probe, moved))
                 raise StreamedModelError(
-                    f"{where} is streamed in {before} on cpu and cannot be moved to {after} on {moved.device}: "
+                    f"{where} is streamed in {before} on {tensor.device} and cannot be moved to {after} on "
+                    f"{moved.device}: "
                     "convert the weights file, or close the session first"
                 )
             if moved.is_shared():

@@ -1,0 +1,96 @@
+"""A small network on an emulated device: what the tests of streaming to devices share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import narrowboat as nb
+from narrowboat.arena.device.access import AccessWatch
+from narrowboat.arena.device.emulated import EmulatedDevice
+
+GRAIN = 4096
+
+
+class Tower(nn.Module):
+    """Layers of given widths, one after the other; one of them twice."""
+
+    def __init__(self, widths: tuple[int, ...] = (96, 128, 64, 160, 96, 128, 64, 96), again: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.norm = nn.BatchNorm1d(widths[-1])
+        self.turn = nn.Linear(widths[-1], widths[-1])
+        self.register_buffer("shift", torch.full((widths[-1],), 0.25), persistent=False)
+        self.again = again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        x = self.turn(self.norm(x)) + self.shift
+        return self.turn(x) if self.again else x
+
+
+class DeviceKit:
+    """One model, its file, and what plain PyTorch gives.
+
+    Args:
+        folder: for the file.
+        packed: the file's tensors begin at page boundaries.
+        widths: of the layers.
+    """
+
+    def __init__(self, folder: Path, *, packed: bool = True, widths: tuple[int, ...] | None = None) -> None:
+        torch.manual_seed(7)
+        self.make = (lambda: Tower(widths)) if widths else Tower
+        self.plain = self.make().eval()
+        self.path = folder / f"tower-{'packed' if packed else 'loose'}.safetensors"
+        state = {name: tensor.detach().clone() for name, tensor in self.plain.state_dict().items()}
+        if packed:
+            nb.pack(state, self.path, overwrite=True)
+        else:
+            save_file(state, self.path)
+        self.x = torch.randn(3, self.plain.layers[0].in_features)
+        with torch.inference_mode():
+            self.want = self.plain(self.x)
+
+    def device(self, **options: Any) -> EmulatedDevice:
+        """An emulated device with small chunks."""
+        options.setdefault("granularity", GRAIN)
+        return EmulatedDevice(options.pop("capacity", 64 << 20), **options)
+
+    def stream(self, device: EmulatedDevice, budget: Any = None, host: Any = None, **options: Any) -> nn.Module:
+        """The model on ``device``; by default in the smallest budget there is."""
+        if budget is None:
+            budget = self.least(device)
+        if host is not None:
+            budget = {"emulated": budget, "cpu": host}
+        options.setdefault("example", (self.x,))
+        return nb.stream(self.make, self.path, budget=budget, device=device, **options).eval()
+
+    def least(self, device: EmulatedDevice) -> int:
+        """The smallest budget of the device's memory."""
+        try:
+            nb.stream(self.make, self.path, budget=1, device=device, example=(self.x,))
+        except nb.errors.BudgetError as error:
+            return error.minimum
+        raise AssertionError("one byte was enough")
+
+    def right(self, model: nn.Module, passes: int = 3) -> bool:
+        """Whether so many passes give plain PyTorch's bits."""
+        with torch.inference_mode():
+            return all(torch.equal(model(self.x), self.want) for _ in range(passes))
+
+
+@contextmanager
+def watched(device: EmulatedDevice) -> Iterator[AccessWatch]:
+    """Every operator's use of the device's bytes is proved to be ordered; some use there must be."""
+    with AccessWatch(device) as watch:
+        yield watch
+    assert watch.reads

@@ -1,0 +1,386 @@
+"""Streaming to a device with memory of its own, and to one that shares the host's: on emulated ones."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import narrowboat as nb
+from device_kit import GRAIN, DeviceKit, Tower, watched
+from narrowboat.errors import (
+    BudgetError,
+    DeviceMemoryError,
+    DigestError,
+    PinnedMemoryError,
+    QuantityError,
+    StreamedModelError,
+    UsageError,
+)
+from narrowboat.stream import device_ground
+from narrowboat.stream.staging import staging_bytes
+
+
+@pytest.fixture
+def kit(tmp_path: Path, tiny_blocks: None) -> DeviceKit:
+    return DeviceKit(tmp_path)
+
+
+def session_of(model: Any) -> Any:
+    return nb.session(model)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "loose"])
+@pytest.mark.parametrize("host", ["64MiB", "400KiB", None], ids=["all cached", "some cached", "unsaid"])
+@pytest.mark.parametrize("jitter", [0, 1])
+def test_the_bits_are_plain_pytorchs_and_every_use_is_in_order(
+    tmp_path: Path, tiny_blocks: None, packed: bool, host: str | None, jitter: int
+) -> None:
+    kit = DeviceKit(tmp_path, packed=packed)
+    device = kit.device(jitter=jitter)
+    model = kit.stream(device, host=host)
+    plan = session_of(model).plan
+    assert plan.streamed
+    assert len(plan.cached) == len(plan.streamed) if host != "400KiB" else 0 < len(plan.cached) < len(plan.streamed)
+    with watched(device):
+        assert kit.right(model, 5)
+    session_of(model).close()
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "loose"])
+def test_a_device_that_shares_the_hosts_memory_copies_nothing(tmp_path: Path, tiny_blocks: None, packed: bool) -> None:
+    kit = DeviceKit(tmp_path, packed=packed)
+    device = kit.device(unified=True, jitter=2)
+    model = kit.stream(device)
+    with watched(device):
+        assert kit.right(model, 5)
+    stats = session_of(model).stats()
+    assert device.copied_in == stats["device_copied_bytes"] == 0
+    assert stats["copied_bytes"] == 0 or not packed
+    assert stats["pinned_bytes"] <= session_of(model).budget
+
+
+def test_the_device_never_holds_more_than_the_budget_and_gives_it_all_back(kit: DeviceKit) -> None:
+    device = kit.device()
+    free = device.memory()[0]
+    model = kit.stream(device, budget=kit.least(device) + 30_000)
+    session = session_of(model)
+    with torch.inference_mode():
+        for _ in range(4):
+            model(kit.x)
+            assert free - device.memory()[0] <= session.budget
+            assert free - device.memory()[0] == -(-session.plan.arena_bytes // GRAIN) * GRAIN
+    session.close()
+    assert device.memory()[0] == free
+    assert device.pinned_bytes == 0
+
+
+def test_pinned_memory_stays_within_the_hosts_budget(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device, host=500_000)
+    assert kit.right(model)
+    assert 0 < device.pinned_bytes <= 500_000
+    assert session_of(model).stats()["pinned_bytes"] == device.pinned_bytes
+
+
+def test_with_room_in_the_host_storage_is_read_once(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device, host="64MiB")
+    assert kit.right(model, 6)
+    session = session_of(model)
+    assert session.plan.cached == frozenset(session.plan.streamed)
+    assert session.stats()["bytes_read"][-1] == 0
+    assert session.stats()["device_copied_bytes"] > 0
+
+
+def test_without_room_in_the_host_what_streams_is_read_in_every_pass(kit: DeviceKit) -> None:
+    device = kit.device()
+    probe = kit.stream(device, host="64MiB")
+    workers = session_of(probe).prepared.storage.depth
+    session_of(probe).close()
+    model = kit.stream(device, host=staging_bytes(64 << 10, workers))
+    assert kit.right(model, 4)
+    session = session_of(model)
+    assert not session.plan.cached
+    assert session.stats()["bytes_read"][-1] > 0
+
+
+def test_with_room_on_the_device_everything_is_copied_once(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device, budget="16MiB")
+    with watched(device):
+        assert kit.right(model, 2)
+        copied = device.copied_in
+        assert kit.right(model, 2)
+    assert device.copied_in == copied
+    assert not session_of(model).plan.streamed
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_the_budget_changes_between_passes(kit: DeviceKit, unified: bool) -> None:
+    device = kit.device(unified=unified)
+    least = kit.least(device)
+    model = kit.stream(device, budget=least)
+    session = session_of(model)
+    for budget in (least + 100_000, least, "16MiB", least + 50_000):
+        session.budget = budget
+        with watched(device):
+            assert kit.right(model, 2)
+        used = session.stats()["pinned_bytes"] if unified else 64 * 2**20 - device.memory()[0]
+        assert used <= session.budget
+
+
+def test_a_smaller_budget_is_followed_in_the_middle_of_a_pass(kit: DeviceKit) -> None:
+    device = kit.device()
+    least = kit.least(device)
+    model = kit.stream(device, budget="16MiB")
+    assert kit.right(model, 3)
+    session = session_of(model)
+    seen: list[int] = []
+
+    def shrink(*_: Any) -> None:
+        if not seen:
+            session.budget = least
+        seen.append(64 * 2**20 - device.memory()[0])
+
+    model.layers[2].register_forward_hook(shrink)
+    model.layers[5].register_forward_hook(shrink)
+    with watched(device):
+        assert kit.right(model, 1)
+    assert seen[0] > seen[1] > 0
+
+
+def test_a_kept_view_keeps_its_values(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device)
+    kept: list[torch.Tensor] = []
+    model.layers[1].register_forward_hook(lambda module, *_: kept.append(module.weight.detach()[:4]))
+    assert kit.right(model, 2)
+    want = kit.plain.layers[1].weight[:4]
+    assert all(torch.equal(each, want) for each in kept)
+
+
+def test_state_dict_and_weights_outside_a_pass(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device)
+    with watched(device):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.clone(), kit.plain.state_dict()[name])
+        assert torch.equal(model.layers[3].bias.sum(), kit.plain.layers[3].bias.sum())
+        assert kit.right(model, 2)
+
+
+def test_a_pass_off_the_traced_order_is_right(kit: DeviceKit) -> None:
+    device = kit.device()
+    # Its budget has room for a block beside the plan.
+    model = kit.stream(device, budget=kit.least(device) + 200_000)
+    with watched(device), torch.inference_mode():
+        for layer, plain in zip(reversed(model.layers), reversed(kit.plain.layers), strict=True):
+            x = torch.randn(2, plain.in_features)
+            assert torch.equal(layer(x), plain(x))
+        assert kit.right(model, 2)
+    assert session_of(model).engine.jumps
+
+
+def test_damaged_bytes_are_told_on_a_device_too(kit: DeviceKit, tmp_path: Path) -> None:
+    raw = bytearray(kit.path.read_bytes())
+    raw[-5000] ^= 1
+    kit.path.write_bytes(raw)
+    model = kit.stream(kit.device(), verify="load", budget="16MiB")
+    with pytest.raises(DigestError), torch.inference_mode():
+        model(kit.x)
+
+
+def test_map_goes_one_by_one_and_says_why(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device)
+    session = session_of(model)
+    with torch.inference_mode(), watched(device):
+        assert all(torch.equal(out, kit.want) for out in session.map([kit.x] * 5, batch=4))
+    assert "processor" in session.stats()["map_alone_reason"]
+
+
+class Straight:
+    """Reads a file into an emulated device's memory, as cuFile would into a GPU's."""
+
+    def __init__(self, path: Path, device: Any) -> None:
+        self._file = path.open("rb")
+
+    def read(self, offset: int, address: int, nbytes: int) -> None:
+        assert (offset | address | nbytes) % 4096 == 0
+        found = os.pread(self._file.fileno(), nbytes, offset)
+        ctypes.memmove(address, found, len(found))
+
+
+def test_storage_is_read_straight_into_the_device_where_that_can_be(
+    kit: DeviceKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = kit.device(jitter=3)
+    monkeypatch.setattr(device_ground.gds, "probe", lambda path, device: "")
+    monkeypatch.setattr(device_ground, "GdsReader", Straight)
+    model = kit.stream(device, host=400 << 10)
+    assert session_of(model).plan.cached
+    with watched(device):
+        assert kit.right(model, 5)
+    stats = session_of(model).stats()
+    assert stats["direct_to_device_refusal"] == ""
+    assert 0 < stats["device_copied_bytes"] < sum(stats["bytes_read"])
+
+
+def test_why_storage_is_not_read_straight_into_the_device_is_told(kit: DeviceKit) -> None:
+    assert "not a CUDA device" in session_of(kit.stream(kit.device())).stats()["direct_to_device_refusal"]
+
+
+def test_measured_passes_are_the_devices_own(kit: DeviceKit) -> None:
+    device = kit.device(bandwidth=20e6)
+    model = kit.stream(device, host="64MiB")
+    assert kit.right(model, 5)
+    session = session_of(model)
+    stats = session.stats()
+    assert stats["device"] == "emulated"
+    assert 10e6 < stats["copy_bandwidth_bytes_per_s"] < 40e6
+    # Copies are slower than computing: a pass lasts about as long as its copies, and waits are most of it.
+    copying = session.plan.timing.bytes_copied / 20e6
+    assert stats["latency_ms"][-1] > 0.5e3 * copying
+    assert stats["stall_ms"][-1] > 0.3e3 * copying
+    assert session.prepared.measured.identity["device"] == "emulated"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("layer", [0, 3, 6])
+def test_after_an_interruption_in_a_pass_the_next_is_right(
+    kit: DeviceKit, layer: int, error: type[BaseException]
+) -> None:
+    device = kit.device(jitter=5)
+    model = kit.stream(device, host=400 << 10)
+    assert kit.right(model, 3)
+    strike = [True]
+
+    def interrupt(*_: Any) -> None:
+        if strike[0]:
+            raise error
+
+    model.layers[layer].register_forward_hook(interrupt)
+    with pytest.raises(error), torch.inference_mode():
+        model(kit.x)
+    strike[0] = False
+    with watched(device):
+        assert kit.right(model, 3)
+
+
+def test_another_trace_with_blocks_of_the_same_sizes_does_not_find_the_first_ones_bytes(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device, budget="2MiB", host="64MiB", example=None)  # learns from the first pass
+    with watched(device):
+        assert kit.right(model, 4)
+    assert session_of(model).plan.cached == frozenset(session_of(model).plan.streamed)
+
+
+def test_sessions_share_a_device(kit: DeviceKit) -> None:
+    device = kit.device()
+    one, two = kit.stream(device, host="1MiB"), kit.stream(device)
+    with watched(device):
+        for _ in range(3):
+            assert kit.right(one, 1)
+            assert kit.right(two, 1)
+    session_of(one).close()
+    assert kit.right(two, 2)
+
+
+def test_a_forgotten_session_gives_everything_back(kit: DeviceKit) -> None:
+    device = kit.device()
+    free = device.memory()[0]
+    model = kit.stream(device)
+    assert kit.right(model, 2)
+    del model
+    for _ in range(100):  # the reader's threads let go of their last job as they end
+        gc.collect()
+        if device.memory()[0] == free and not device.pinned_bytes:
+            break
+        time.sleep(0.02)
+    assert device.memory()[0] == free
+    assert device.pinned_bytes == 0
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+def test_a_budget_above_the_devices_free_memory_is_refused(kit: DeviceKit) -> None:
+    device = kit.device(capacity=5 << 20)
+    with pytest.raises(DeviceMemoryError, match=r"budget 6\.00 MiB is above the 5\.00 MiB that emulated has free"):
+        kit.stream(device, budget="6MiB")
+
+
+def test_pinning_refused_leaves_nothing_behind(kit: DeviceKit) -> None:
+    device = kit.device(pinnable=100_000)
+    free = device.memory()
+    with pytest.raises(PinnedMemoryError, match="lower the budget for cpu"):
+        kit.stream(device, budget="16MiB", host="8MiB")
+    assert device.pinned_bytes == 0
+    assert device.memory() == free
+
+
+def test_memory_taken_by_another_process_is_named_and_the_session_goes_on_later(kit: DeviceKit) -> None:
+    device = kit.device(capacity=6 << 20)
+    least = kit.least(device)
+    model = kit.stream(device, budget=least)
+    assert kit.right(model, 3)
+    session = session_of(model)
+    device.take(taken := device.memory()[0] - 8192)
+    with pytest.raises(DeviceMemoryError, match="cannot be had"):
+        session.budget = least + 400_000
+    device.take(more := device.memory()[0])
+    with pytest.raises(DeviceMemoryError, match="cannot be had"), torch.inference_mode():
+        model(kit.x)
+    device.take(-taken - more)
+    with watched(device):
+        assert kit.right(model, 2)
+
+
+def test_a_host_budget_too_small_for_the_buffers_says_how_much_is_needed(kit: DeviceKit) -> None:
+    with pytest.raises(BudgetError, match="buffers between storage and the device") as caught:
+        kit.stream(kit.device(), budget="16MiB", host="64KiB")
+    model = kit.stream(kit.device(), budget="16MiB", host=caught.value.minimum)
+    assert kit.right(model)
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "says"),
+    [
+        ({"cpu": "8MiB"}, UsageError, "must name the device"),
+        ({"emulated": "8MiB", "cuda": "8MiB"}, UsageError, "'cuda', which is no memory of this session"),
+        ({"emulated": "8 apples"}, QuantityError, "budget"),
+        ({"emulated": "8MiB", "cpu": "x"}, QuantityError, "budget for cpu"),
+        ("auto", UsageError, "follows the host's memory"),
+        (1000, BudgetError, "the smallest that can is"),
+    ],
+)
+def test_budgets_that_cannot_be_used(kit: DeviceKit, budget: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        kit.stream(kit.device(), budget=budget)
+
+
+def test_a_shared_memory_has_one_budget(kit: DeviceKit) -> None:
+    with pytest.raises(UsageError, match="shares the host's memory"):
+        kit.stream(kit.device(unified=True), budget="8MiB", host="8MiB")
+
+
+def test_on_the_processor_a_dict_is_its_number(kit: DeviceKit) -> None:
+    model = nb.stream(Tower, kit.path, budget={"cpu": "64MiB"}, example=(kit.x,)).eval()
+    assert session_of(model).budget == 64 << 20
+    assert kit.right(model)
+    with pytest.raises(UsageError, match="'cuda', which is no memory"):
+        nb.stream(Tower, kit.path, budget={"cpu": "64MiB", "cuda": "1GiB"}, example=(kit.x,))
+
+
+def test_moving_a_streamed_model_elsewhere_is_refused(kit: DeviceKit) -> None:
+    model = kit.stream(kit.device())
+    assert model.to("cpu") is model
+    with pytest.raises(StreamedModelError, match="cannot be moved"):
+        model.to("meta")

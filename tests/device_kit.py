@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -44,9 +45,15 @@ class DeviceKit:
         folder: for the file.
         packed: the file's tensors begin at page boundaries.
         widths: of the layers.
+        kind: ``"emulated"`` or ``"cuda"``.
     """
 
-    def __init__(self, folder: Path, *, packed: bool = True, widths: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, packed: bool = True, widths: tuple[int, ...] | None = None, kind: str = "emulated"
+    ) -> None:
+        if kind == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        self.kind = kind
         torch.manual_seed(7)
         self.make = (lambda: Tower(widths)) if widths else Tower
         self.plain = self.make().eval()
@@ -56,25 +63,35 @@ class DeviceKit:
             nb.pack(state, self.path, overwrite=True)
         else:
             save_file(state, self.path)
-        self.x = torch.randn(3, self.plain.layers[0].in_features)
+        self.place = torch.device("cuda" if kind == "cuda" else "cpu")
+        self.plain.to(self.place)
+        self.x = torch.randn(3, self.plain.layers[0].in_features).to(self.place)
         with torch.inference_mode():
             self.want = self.plain(self.x)
 
-    def device(self, **options: Any) -> EmulatedDevice:
-        """An emulated device with small chunks."""
+    def device(self, **options: Any) -> Any:
+        """An emulated device with small chunks; or the GPU, for which only ``unified`` can be chosen."""
+        if self.kind == "cuda":
+            from narrowboat.arena.device.cuda import CudaDevice
+
+            return CudaDevice(torch.cuda.current_device(), unified=options.get("unified", False))
         options.setdefault("granularity", GRAIN)
         return EmulatedDevice(options.pop("capacity", 64 << 20), **options)
 
-    def stream(self, device: EmulatedDevice, budget: Any = None, host: Any = None, **options: Any) -> nn.Module:
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Random numbers where the model is."""
+        return torch.randn(*shape).to(self.place)
+
+    def stream(self, device: Any, budget: Any = None, host: Any = None, **options: Any) -> nn.Module:
         """The model on ``device``; by default in the smallest budget there is."""
         if budget is None:
             budget = self.least(device)
         if host is not None:
-            budget = {"emulated": budget, "cpu": host}
+            budget = {self.kind: budget, "cpu": host}
         options.setdefault("example", (self.x,))
         return nb.stream(self.make, self.path, budget=budget, device=device, **options).eval()
 
-    def least(self, device: EmulatedDevice) -> int:
+    def least(self, device: Any) -> int:
         """The smallest budget of the device's memory."""
         try:
             nb.stream(self.make, self.path, budget=1, device=device, example=(self.x,))
@@ -88,9 +105,17 @@ class DeviceKit:
             return all(torch.equal(model(self.x), self.want) for _ in range(passes))
 
 
+def held(model: Any) -> int:
+    """Bytes of the device's memory behind a streamed model's arena."""
+    return int(nb.session(model).slab.mapped_bytes)
+
+
 @contextmanager
-def watched(device: EmulatedDevice) -> Iterator[AccessWatch]:
-    """Every operator's use of the device's bytes is proved to be ordered; some use there must be."""
+def watched(device: Any) -> Iterator[AccessWatch | None]:
+    """Every operator's use of an emulated device's bytes is proved to be ordered; some use there must be."""
+    if not isinstance(device, EmulatedDevice):
+        yield None
+        return
     with AccessWatch(device) as watch:
         yield watch
     assert watch.reads

@@ -30,8 +30,8 @@ kind, budget, folder = sys.argv[2], int(sys.argv[3]), sys.argv[4] or None
 sys.path.insert(0, sys.argv[1])
 import train_kit, train_memory_kit
 from narrowboat.machine.memory import process_memory
-import narrowboat.train.step as module
-module.reset_peak = lambda: None  # the mark covers everything from here on, measuring included
+import narrowboat.train.host_memory, narrowboat.train.step as module
+narrowboat.train.host_memory.reset_peak = lambda: None  # the mark covers everything from here on, measuring included
 options = {"micro_batches": 1, "adapt": False, "spill": folder, "techniques": ["spill"] if folder else None}
 
 def train(model, x, y, budget):

@@ -143,8 +143,11 @@ class DeviceGround(Ground):
 
     def _made(self, nbytes: int) -> Any:
         nbytes = max(nbytes, 1)
-        made: type[InPlaceSlab | DeviceSlab] = InPlaceSlab if self.device.unified else DeviceSlab
-        slab = made(self.device, nbytes)
+        slab: Any
+        if self.device.unified:
+            slab = InPlaceSlab(self.device, nbytes)
+        else:  # in one chunk: all of it comes and goes together
+            slab = DeviceSlab(self.device, nbytes, chunk=nbytes)
         self._slabs.append(slab)
         return slab
 

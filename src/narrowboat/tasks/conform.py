@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from narrowboat.tasks.analysis.model import Arrival
 from narrowboat.tasks.record import BEYOND, JobRecord, Record
 
 _SHOWN = 3
+_WORK = ("abort", "swap_out")  # nobody's, and work all the same
+_BESIDE = ("prefetch", "abort", "swap_in", "swap_out")  # may go on over a boundary
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class _Replay:
         self.tasks = {task["name"]: task for task in record.setup["tasks"]}
         self.jobs = {(job.task, job.number): job for job in record.jobs}
         self.parts = sorted(record.segments, key=lambda part: (part.begin, part.end))
+        self.brought = sorted((part.end, part.task, part.job) for part in self.parts if part.what == "swap_in")
         # What decides take; everything else has to be as if they took none.
         self.slack = self.setup["overhead_us"]
         self.pauses = [(change.begin, change.end) for change in record.changes]
@@ -191,11 +195,14 @@ class _Replay:
 
     def evidence(self, *, something: bool) -> Premise:
         """Something ran, and every job that ended did so by segments that are there."""
-        computed = {(p.task, p.job, p.block) for p in self.parts if p.engine == "compute"}
+        computed = {(p.task, p.job, p.block) for p in self.parts if p.what == "compute"}
+        whole = {(p.task, p.job) for p in self.parts if p.what == "run"}
         broken = []
         for job in self.record.jobs:
             blocks = range(len(self.tasks[job.task]["computes_us"]))
-            if job.outcome in ("done", "late") and any((job.task, job.number, b) not in computed for b in blocks):
+            if job.outcome not in ("done", "late") or (job.task, job.number) in whole:
+                continue
+            if any((job.task, job.number, b) not in computed for b in blocks):
                 broken.append((0, f"{_name(job)} ended without all of its blocks"))
         if not something:
             broken.append((0, "no job was released"))
@@ -213,10 +220,11 @@ class _Replay:
         lost = _Lost(self.setup["supply"]["share"], self.setup["supply"]["delay_us"])
         for part in sorted(self.parts, key=lambda part: part.end):
             task = self.tasks.get(part.task)
-            if task is None or part.what not in ("load", "compute", "prefetch"):
+            if task is None or part.what not in ("load", "compute", "prefetch", "swap_in", "run"):
                 continue
             checked += 1
-            allowed = task["loads_us" if part.engine == "load" else "computes_us"][part.block] + self.slack
+            costs = task["loads_us" if part.engine == "load" else "computes_us"]
+            allowed = (sum(costs) if part.what in ("swap_in", "run") else costs[part.block]) + self.slack
             excess = part.end - part.begin - allowed
             if excess > 0:
                 over += 1
@@ -233,7 +241,7 @@ class _Replay:
         busy_until = 0
         at = -1
         for part in self.parts:
-            if part.what in ("prefetch", "abort"):
+            if part.what in _BESIDE:
                 continue
             if part.begin < busy_until and part.begin > at + max(self.slack, 1):
                 broken.append((0, f"{part.what} of {part.task} block {part.block} began within another's segment"))
@@ -244,14 +252,14 @@ class _Replay:
 
     def _key(self, job: JobRecord) -> tuple[Any, ...]:
         task = self.tasks[job.task]
-        if self.setup["policy"] == "edf":
+        if self.setup["policy"] != "fp":
             return (not task["guaranteed"], job.due, task["index"], job.number)
         return (not task["guaranteed"], -task["priority"], job.release, task["index"], job.number)
 
     def _starts(self) -> Iterator[_Boundary]:
         busy_until = 0
         for part in self.parts:
-            if part.what in ("prefetch", "abort") or part.job < 0:
+            if part.what in _BESIDE or part.job < 0:
                 continue
             if part.begin >= busy_until:
                 yield _Boundary(part.begin, part.task, part.job)
@@ -275,6 +283,8 @@ class _Replay:
                 broken.append((0, f"{boundary.task} #{boundary.job} has no job"))
                 continue
             checked += 1
+            if self.setup["policy"] == "rt-swap" and self._brought(boundary):
+                continue
             candidates = [job for job in pending if job.outcome not in ("aborted", "failed", "unfinished")]
             if self.setup["preemption"] == "np":
                 begun = [j for j in candidates if j.start is not None and j.start < boundary.when]
@@ -287,9 +297,14 @@ class _Replay:
                 broken.append((first.release - boundary.when, what))
         return _premise("the right job at every boundary", checked, broken)
 
+    def _brought(self, boundary: _Boundary) -> bool:
+        """Whether the swap-in that ended last before a job's run was its own: then it goes first, whoever waits."""
+        place = bisect_right(self.brought, (boundary.when, "\uffff", 0))
+        return place > 0 and self.brought[place - 1][1:] == (boundary.task, boundary.job)
+
     def conserving(self) -> Premise:
         """The engines did not rest while a job was waiting, but for the time of a decision."""
-        busy = _union([*self.pauses, *((p.begin, p.end) for p in self.parts if p.job >= 0 or p.what == "abort")])
+        busy = _union([*self.pauses, *((p.begin, p.end) for p in self.parts if p.job >= 0 or p.what in _WORK)])
         waiting = _union(self._waiting())
         allowed = max(self.slack, 1) + (self.setup["chunk_us"] if self.setup.get("prefetch") else 0)
         broken = [
@@ -325,7 +340,8 @@ class _Replay:
         peak = self.record.premises.get("peak_bytes")
         broken = [(budget - held, f"{format_bytes(held)} at {_time(when)}") for when, held in points if held > budget]
         if peak is not None and peak > budget:
-            broken.append((budget - peak, f"the kernel saw a peak of {format_bytes(peak)}"))
+            who = "the device's account" if "device" in self.record.premises else "the kernel"
+            broken.append((budget - peak, f"{who} saw a peak of {format_bytes(peak)}"))
         most = max([held for _, held in points] + ([peak] if peak is not None else []), default=0)
         return _premise("memory within the budget", len(points), broken, f"{format_bytes(most)} at most")
 

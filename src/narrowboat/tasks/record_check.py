@@ -7,6 +7,7 @@ from typing import Any
 
 OUTCOMES = frozenset({"done", "late", "skipped", "aborted", "failed", "unfinished"})
 _ENGINES = {"load": {"load", "prefetch", "abort", "swap_in", "swap_out"}, "compute": {"compute", "run"}}
+POLICIES = ("edf", "fp", "rt-swap")
 _TIMES = ("deadline_us", "period_us")
 _LONGEST = 10**15  # microseconds: thirty years
 
@@ -33,7 +34,7 @@ def problem(setup: Mapping[str, Any], jobs: Any, segments: Any, memory: Any, end
         if task["bound_us"] is not None and not _time(task["bound_us"]):
             return f"task {task['name']!r} has no proper bound"
         tasks[task["name"]] = task
-    if setup["policy"] not in ("edf", "fp") or setup["preemption"] not in ("lp-keep", "np"):
+    if setup["policy"] not in POLICIES or setup["preemption"] not in ("lp-keep", "np"):
         return f"no such policy: {setup['policy']!r}, {setup['preemption']!r}"
     if not all(_time(setup[key]) for key in ("budget_bytes", "overhead_us", "chunk_us")) or not _time(end):
         return "budget, overhead, chunk or end is no number"

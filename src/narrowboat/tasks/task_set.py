@@ -253,6 +253,7 @@ class TaskSet:
             },
             "pool_bytes": self.pool_bytes,
             "prefetch": prefetches(self.settings, self.costed),
+            "mirrors": self.measured.get("mirrors", {}),
             "setup": self.setup(facts),
         }
 

@@ -55,8 +55,11 @@ def plan_change(now: TaskSet, new: TaskSet) -> Transition:
         AdmissionError: the new set is refused, or the change would cost a deadline; nothing has changed.
     """
     new.refuse_described()
+    for field in ("device", "chunk"):
+        if getattr(now.settings, field) != getattr(new.settings, field):
+            raise AdmissionError(f"{field} cannot be changed while tasks run: stop the run and start it anew")
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if new.settings.budget > have:
+    if new.settings.device == "cpu" and new.settings.budget > have:
         raise AdmissionError(
             f"the budget is {format_bytes(new.settings.budget)}, and this machine has {format_bytes(have)} in all"
         )
@@ -104,7 +107,8 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
         for told in warm_setup["tasks"]:
             told["closed_loop"] = told["name"] in names  # one job after the other, whatever the contract
         opened = [task for task in new.costed if task.name in names]
-        prepare = sum(task.fixed_bytes - task.staying_bytes + _SKELETON for task in opened)
+        skeleton = _SKELETON if new.settings.device == "cpu" else 0
+        prepare = sum(task.fixed_bytes - task.staying_bytes + skeleton for task in opened)
         if prepare > now.settings.budget - now.admit().needed_bytes:
             room = _make_room(now, prepare, sorted(names))
     pause = _pause(room.to if room is not None else now, new)

@@ -1,23 +1,63 @@
 """The budget in force: the user's number, or less when the machine has less.
 
-Before each step the free memory, the cgroup's limit and the pressure are looked at (not more often than every quarter
-of a second). It goes down at once and up slowly (``stream.auto.Hysteresis``), never above the number that was given.
+Before each step the machine's free memory, the cgroup's limit and the pressure are looked at, or what a device has
+free, not more often than every quarter of a second. It goes down at once and up slowly (``stream.auto.Hysteresis``),
+never above the number that was given.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from narrowboat.errors import BudgetError, UsageError
-from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes, parse_bytes
-from narrowboat.stream.auto import Hysteresis, initial_budget, memory_pressure
+from narrowboat.stream.auto import Hysteresis, initial_budget
 
 _LOOK_EVERY = 0.25  # seconds
 _UNBOUNDED = 1 << 60
+
+
+class Follower(Protocol):
+    """Decides when what could be had is worth a change of budget (``stream.auto.Hysteresis``)."""
+
+    def wanted(self, now: int, spare: int, pressure: float) -> tuple[int, str] | None:
+        """The new budget and why, or None to leave it."""
+        ...
+
+
+class Machine(Protocol):
+    """What the budget is a part of."""
+
+    def auto(self) -> int:
+        """What "auto" stands for, in bytes."""
+        ...
+
+    def check(self, budget: int) -> None:
+        """Refuse a number that cannot be."""
+        ...
+
+    def follower(self, ceiling: int) -> Follower:
+        """Of a budget of so many bytes at the most."""
+        ...
+
+
+class Host:
+    """See ``Machine``. Less than the budget may be free when it is given; then less is in force."""
+
+    def auto(self) -> int:
+        """See ``Machine``."""
+        return initial_budget(_UNBOUNDED)[0]
+
+    def check(self, budget: int) -> None:
+        """See ``Machine``."""
+
+    def follower(self, ceiling: int) -> Hysteresis:
+        """See ``Machine``."""
+        return Hysteresis(floor=1, ceiling=ceiling)
 
 
 class BudgetInForce:
@@ -25,15 +65,16 @@ class BudgetInForce:
 
     Args:
         value: an int, a string such as "1.5GiB", or "auto".
-        adapt: follow what the machine has free.
+        adapt: follow what there is.
+        machine: of which it is a part; None for the host.
 
     Attributes:
         now: bytes in force.
         given: the most there can be.
     """
 
-    def __init__(self, value: int | str, *, adapt: bool) -> None:
-        self._adapt = adapt
+    def __init__(self, value: int | str, *, adapt: bool, machine: Machine | None = None) -> None:
+        self._adapt, self._machine = adapt, machine if machine is not None else Host()
         self._looked = 0.0
         self.given = self.now = 0
         self.set(value)
@@ -41,17 +82,18 @@ class BudgetInForce:
     def set(self, value: int | str) -> None:
         """A new number, from the next step on."""
         if isinstance(value, str) and value == "auto":
-            self.given, _ = initial_budget(_UNBOUNDED)
+            given = self._machine.auto()
         elif isinstance(value, float) and math.isfinite(value) and value % 1:
             raise UsageError(
                 f"budget={value!r} is no whole number of bytes: give an int, or a string such as '1.5GiB'"
             )
         else:
-            self.given = parse_bytes(value)
-        if self.given <= 0:
+            given = parse_bytes(value)
+        if given <= 0:
             raise UsageError(f"budget={value!r}: give a positive number of bytes")
-        self.now = self.given
-        self._hysteresis = Hysteresis(floor=1, ceiling=self.given)
+        self._machine.check(given)
+        self.given = self.now = given
+        self._following = self._machine.follower(given)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -68,19 +110,17 @@ class BudgetInForce:
         """Less from now on; it may grow back."""
         self.now = min(self.now, value)
 
-    def follow(self, held: int, addresses: int) -> str:
-        """Look at the machine; what changed in words, or "".
+    def follow(self, could_hold: Callable[[], tuple[int, float]]) -> str:
+        """Look at what there is; what changed in words, or "".
 
         Args:
-            held: bytes that training holds now.
-            addresses: bytes of private address space that it holds, touched or not; what limits of those count.
+            could_hold: bytes that training could hold in all, and the percentage of time in which tasks wait for
+                memory (``memory.MeasuredMemory``).
         """
         if not self._adapt or time.monotonic() - self._looked < _LOOK_EVERY:
             return ""
         self._looked = time.monotonic()
-        rooms = memory_limits().headrooms().items()
-        spare = min(room + (max(addresses, held) if name.startswith("RLIMIT") else held) for name, room in rooms)
-        wanted = self._hysteresis.wanted(self.now, spare, memory_pressure())
+        wanted = self._following.wanted(self.now, *could_hold())
         if wanted is None:
             return ""
         before, (self.now, cause) = self.now, wanted

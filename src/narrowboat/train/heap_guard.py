@@ -80,6 +80,8 @@ class HeapGuard:
         tight: times a kernel's blocks were mapped one by one.
     """
 
+    watches = True
+
     def __init__(
         self,
         base: int,

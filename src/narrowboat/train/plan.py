@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from narrowboat.errors import BudgetError
-from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, frontier, solve
+from narrowboat.plan.recompute import Kept, Schedule, Segment, Table, evaluate, solve
 from narrowboat.quantities import format_apart, format_bytes
 from narrowboat.train.heap_guard import usable
 from narrowboat.train.measure.chain import Rates, TrainingChain, build_chain
@@ -50,6 +50,8 @@ class TrainPlan:
         schedule: which units are kept, reduced, recomputed, spilled, in words.
         refused: what was not used, and why.
         spilled: bytes written to storage per step.
+        offloaded: bytes copied from a device to pinned host memory per step.
+        at_once: bytes of activations that are spilled at one time.
         step: for the tape; None where the plain step fits, with all that the heap keeps of what it frees.
         foreseen: the operator-level count of ``step``.
     """
@@ -71,6 +73,8 @@ class TrainPlan:
     spilled: int
     step: StepPlan | None
     foreseen: Foreseen | None
+    offloaded: int = 0
+    at_once: int = 0
 
     def for_samples(self, samples: int) -> TrainPlan:
         """The same plan for a batch of fewer samples (the ragged last one): fewer or smaller micro-batches."""
@@ -96,6 +100,7 @@ class TrainPlan:
             "micro_batch": self.micro_batch,
             "schedule": self.schedule,
             "spilled_bytes": self.spilled,
+            "offloaded_bytes": self.offloaded,
             "refused": list(self.refused),
         }
 
@@ -114,6 +119,8 @@ class TrainPlan:
             lines.append(f"{what} on storage, stepped bucket by bucket")
         if self.tier.window:
             lines.append(f"weights on storage, taking turns in {format_bytes(self.tier.window)}")
+        if self.offloaded:
+            lines.append(f"{format_bytes(self.offloaded)} to pinned host memory in each step")
         if self.spilled:
             lines.append(f"{format_bytes(self.spilled)} to storage in each step")
         lines += [f"not used: {reason}" for reason in self.refused]
@@ -122,11 +129,11 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """One thing to try: so many micro-batches, with or without activations on storage, on one tier."""
+    """One thing to try: so many micro-batches, with activations on a level of ``Rates`` ("": nowhere), on one tier."""
 
     parts: int
     size: int
-    spill: bool
+    spill: str
     tier: Tier
 
 
@@ -136,7 +143,7 @@ class Planner:
     def __init__(self, study: Study, premises: Premises) -> None:
         self._study = study
         self.premises = premises
-        self._chains: dict[tuple[int, bool, bool, bool], TrainingChain] = {}
+        self._chains: dict[tuple[int, str, int, bool, bool], TrainingChain] = {}
         self._least: tuple[int, str] | None = None
         self._plain: tuple[float, int] | None = None
 
@@ -156,7 +163,12 @@ class Planner:
 
     def without_storage(self, reason: str) -> None:
         """Put no activations on storage any more."""
-        self.plan_from(replace(self.premises, rates=Rates(), no_storage=reason))
+        rates = replace(self.premises.rates, write=None, read=None)
+        self.plan_from(replace(self.premises, rates=rates, no_storage=reason))
+
+    def without_host(self, reason: str) -> None:
+        """Put no activations into pinned host memory any more, which is the only way to storage too."""
+        self.plan_from(replace(self.premises, rates=Rates(), no_host=reason, no_storage=reason))
 
     def plan_from(self, premises: Premises) -> None:
         """Plan from other premises from now on."""
@@ -180,38 +192,42 @@ class Planner:
         segments = (Segment(start, end, tuple(Kept(unit) for unit in range(start, end))) for start, end in ends)
         return compile_plan(made.tape, made.cuts, made.options, [*segments, Kept(last)])
 
-    def chain(self, size: int, *, spill: bool = False, together: bool = False, growing: bool = False) -> TrainingChain:
+    def chain(
+        self, size: int, *, spill: str = "", room: int = 0, together: bool = False, growing: bool = False
+    ) -> TrainingChain:
         """The chain of a micro-batch of ``size`` samples.
 
         Args:
             size: samples.
-            spill: with activations on storage.
+            spill: to which level of ``Rates``; "" for none.
+            room: bytes of pinned host memory for it.
             together: of one that meets the others in lockstep.
             growing: with the gradients of parameters, which come one by one in the backward pass.
         """
-        key = (size, spill, together, growing)
+        key = (size, spill, room, together, growing)
         if key not in self._chains:
             premises = self.premises
             study = premises.joint if together and premises.joint is not None else self._study
             tape = study.tape(size)
             self._chains[key] = build_chain(
                 tape.with_gradients() if growing else tape,
-                replace(premises.techniques, spill=spill),
-                premises.rates,
+                replace(premises.techniques, spill=bool(spill)),
+                premises.rates.at(spill, tape.saved_bytes, room),
                 unsafe=premises.unsafe,
             )
         return self._chains[key]
 
     def _chain_of(self, way: _Way) -> TrainingChain:
-        return self.chain(way.size, spill=way.spill, together=self._together(way), growing=_growing(way))
+        room = self._share(way, self.premises.rates.host_room) if way.spill else 0
+        return self.chain(way.size, spill=way.spill, room=room, together=self._together(way), growing=_growing(way))
 
     def _ways(self) -> list[_Way]:
-        storage = self.premises.techniques.spill and self.premises.rates.write is not None
+        levels = ("", *(self.premises.rates.levels if self.premises.techniques.spill else ()))
         return [
             _Way(parts, -(-self._study.batch // parts), spill, tier)
             for tier in self.premises.tiers
             for parts in self._parts()
-            for spill in ((False, True) if storage else (False,))
+            for spill in levels
         ]
 
     def _parts(self) -> list[int]:
@@ -237,7 +253,7 @@ class Planner:
         return self._plain
 
     def _plain_way(self) -> _Way:
-        return _Way(1, self._study.batch, False, self.premises.tiers[0])
+        return _Way(1, self._study.batch, "", self.premises.tiers[0])
 
     def minimum(self) -> tuple[int, str]:
         """The smallest budget with a plan, and what sets it."""
@@ -369,6 +385,9 @@ class Planner:
         activations = self._count(way, schedule, foreseen)
         plain_seconds, plain_activations = self.plain()
         least, limiter = self.minimum()
+        spilled = foreseen.spilled if foreseen is not None else 0
+        together = way.parts if self._together(way) else 1
+        stored = max(0, spilled * together - self.premises.rates.host_room) * (way.parts // together)
         return TrainPlan(
             budget=budget,
             parts=way.parts,
@@ -384,9 +403,11 @@ class Planner:
             bottleneck=limiter,
             schedule=schedule.describe(made.chain),
             refused=tuple(self._refused()),
-            spilled=(foreseen.spilled if foreseen is not None else 0) * way.parts + way.tier.written,
+            spilled=stored + way.tier.written,
             step=step,
             foreseen=foreseen,
+            offloaded=spilled * way.parts if self.premises.rates.host_room else 0,
+            at_once=spilled * together,
         )
 
     def _plain_peak(self, activations: int) -> int:
@@ -398,7 +419,7 @@ class Planner:
         made = self._chain_of(way)
         step = compile_plan(made.tape, made.cuts, made.options, schedule.items)
         room = None
-        if budget is not None:
+        if budget is not None and self.premises.heap:
             room = self._share(way, usable(budget, way.tier.static.still) - self._outside(way))
         return step, foresee(made.tape, step, room=room)
 
@@ -406,7 +427,7 @@ class Planner:
         """What the tape does, and its count by storages; None for the plain step where the heap needs no guard."""
         if way.parts == 1 and _is_plain(schedule):
             total = self._total(self._count(way, schedule, None), way)
-            if total * _KEPT_BY_HEAP <= budget:
+            if total * (_KEPT_BY_HEAP if self.premises.heap else 1.0) <= budget:
                 return None, None
         return self._counted(way, schedule, budget)
 
@@ -425,9 +446,11 @@ class Planner:
             reasons.append(f"micro-batches: {premises.splittable}")
         if premises.rates.write is None:
             reasons.append(f"activations on storage: {premises.no_storage}")
+        if premises.no_host:
+            reasons.append(f"activations in pinned host memory: {premises.no_host}")
         for name in ("recompute", "reduce", "compact", "spill"):
             if not getattr(premises.techniques, name):
-                reasons.append(f"{name}: switched off")
+                reasons.append(f"{name}: {premises.absent.get(name, 'switched off')}")
         if not premises.accumulate:
             reasons.append("accumulate: switched off")
         if premises.unsafe:
@@ -443,7 +466,8 @@ class Planner:
         if self.premises.splittable:
             lifts.append(f"the batch is not split ({self.premises.splittable})")
         if self.premises.rates.write is None:
-            lifts.append("spill=FOLDER puts activations, gradients and optimizer state on storage")
+            more = "activations, gradients and optimizer state" if self.premises.heap else "activations"
+            lifts.append(f"spill=FOLDER puts {more} on storage")
         lifts.append("a smaller batch takes less")
         needs, allowed = format_apart(least, budget)
         return BudgetError(
@@ -452,13 +476,6 @@ class Planner:
             minimum=least,
             limiter=limiter,
         )
-
-    def curve(self, parts: int = 1, *, spill: bool = False) -> list[tuple[int, float]]:
-        """Total bytes against predicted seconds, for one number of micro-batches."""
-        way = _Way(parts, -(-self._study.batch // parts), spill, self.premises.tiers[0])
-        chain = self._chain_of(way).chain
-        most = evaluate(chain, [Kept(unit) for unit in range(len(chain.units))])[1]
-        return [(self._total(size, way), parts * seconds) for size, seconds in frontier(self._solve(way, most))]
 
 
 def _afterwards(way: _Way) -> int:

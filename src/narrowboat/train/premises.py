@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from narrowboat.train.measure.chain import Rates, Techniques
@@ -27,6 +28,9 @@ class Premises:
         joint: passes of micro-batches that are all under way at once and meet at each BatchNorm; None where they
             follow each other.
         no_storage: why no activations go to storage, where ``rates`` knows of none.
+        no_host: why none go from a device to pinned host memory, where ``rates`` knows of none; "" on the host.
+        absent: why techniques are switched off, by their names, where it was not the user who did it.
+        heap: what is freed stays resident in a heap that is trimmed within the step.
         notes: what else was not used, and why.
     """
 
@@ -42,4 +46,7 @@ class Premises:
     parts: int | None = None
     joint: Study | None = None
     no_storage: str = "no folder was given (spill=)"
+    no_host: str = ""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    heap: bool = True
     notes: tuple[str, ...] = ()

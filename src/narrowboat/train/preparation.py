@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from narrowboat.errors import TrainingError
-from narrowboat.machine.malloc import trim
-from narrowboat.machine.memory import memory_limits
 from narrowboat.quantities import format_bytes
 from narrowboat.train.batch_statistics import (
     frozen_batch_norm,
@@ -22,7 +20,7 @@ from narrowboat.train.batch_statistics import (
     modules_with_batch_statistics,
 )
 from narrowboat.train.containers import Containers
-from narrowboat.train.footprint import Footprint
+from narrowboat.train.device.spill import DeviceSpillPool
 from narrowboat.train.fuse import Fusion
 from narrowboat.train.lockstep import run_as_one_of_many
 from narrowboat.train.loss import LossPlan
@@ -30,6 +28,7 @@ from narrowboat.train.loss_trace import plan_loss
 from narrowboat.train.low_memory import LowMemoryLoss
 from narrowboat.train.measure.chain import Rates
 from narrowboat.train.measure.study import Study, study, timing_sizes
+from narrowboat.train.memory import MeasuredMemory
 from narrowboat.train.micro_batch import batch_size, is_whole, samples_in, whole
 from narrowboat.train.options import check_parts
 from narrowboat.train.passes import Backward, Passes
@@ -72,7 +71,8 @@ class Preparation:
         scaled: a gradient scaler is used.
         step_in_backward: gradients are stepped as they come and are never all there.
         fusion: compiles blocks; None where that was not asked for.
-        footprint: what the process holds; None where nobody asks.
+        memory: that the budget counts.
+        no_host: why activations do not go from a device to pinned host memory; "" where they may, and on the host.
         tell: is told what was found between steps, in words.
     """
 
@@ -84,15 +84,16 @@ class Preparation:
     batch_norm: str
     backward: Backward
     rates: Rates
-    pool: SpillPool | None
+    pool: SpillPool | DeviceSpillPool | None
     in_flight: int
+    memory: MeasuredMemory
     weights: TrainingWeights | None = None
     count: Callable[[Any, Any], Any] | None = None
     micro_batches: int | None = None
     scaled: bool = False
     step_in_backward: bool = False
     fusion: Fusion | None = None
-    footprint: Footprint | None = None
+    no_host: str = ""
     whole: StaticBytes | None = None
     tell: Callable[[str], None] = log.warning
     _left: int = 0
@@ -128,16 +129,15 @@ class Preparation:
         if not measured or (key, budget) not in self._plans:
             with self._as_before():
                 if not measured:
-                    if self.footprint is not None:
-                        self.footprint.before_measuring()
+                    self.memory.before_measuring()
                     with self.frozen():
                         self._measure(key, inputs, targets, budget)
-                    if self.footprint is not None:
-                        self._left += self.footprint.left_behind()
-                        # It is there, whether the step is refused or not: no reason to refuse what another process
-                        # was told to be the minimum, where it may be some bytes less.
-                        room = budget - self._planners[key].minimum()[0]
-                        self._planners[key].reserve(self._left if room < 0 else min(self._left, room))
+                    self._left += self.memory.left_behind()
+                    # It is there, whether the step is refused or not: no reason to refuse what another process
+                    # was told to be the minimum, where it may be some bytes less.
+                    room = budget - self._planners[key].minimum()[0]
+                    left = max(self._left, self.memory.workspace)  # which nothing may have asked for yet
+                    self._planners[key].reserve(left if room < 0 else min(left, room))
                     self._forget_plans(key)
                 self._plan_for(key, budget)
         # The plan may be new while the batch it was found splittable with is not: another budget, bytes set aside.
@@ -160,7 +160,7 @@ class Preparation:
                 samples, copies = self._rooms[key].for_check(state_there(self.optimizer))
                 verdict = self._tried(self._passes[key].loss_plan, samples, copies, inputs, targets, watch.newly)
         finally:
-            trim(refill=False)
+            self.memory.tidy()
         # No room, or not to be told from these samples: what was found before holds.
         reason = "" if verdict is None or verdict.kind == "unknown" else self._reason_of(verdict)
         if reason:
@@ -226,7 +226,7 @@ class Preparation:
 
         if self.fusion is not None:
             self.fusion.prepare(forward, inputs, targets)
-        made = study(self.inner, forward, inputs, targets)
+        made = self._study(forward, inputs, targets)
         made.room = budget
         self.whole = self.whole or static_bytes(self.inner, self.optimizer, inputs, targets)
         # DistributedDataParallel has buckets of its own for gradients on their way, from the beginning.
@@ -237,7 +237,7 @@ class Preparation:
             batch=batch_bytes(inputs, targets),
         )
         held = static.weights + static.gradients + static.batch
-        spare = self._spare(static)
+        spare = self.memory.spare(static)
         room = min(budget, spare) - held
         self._rooms[key], self._watches[key] = _Room(made, room, spare - held), SplitWatch(inputs, targets)
         fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
@@ -250,26 +250,36 @@ class Preparation:
                     budget,
                     rates=self.rates,
                     in_backward=self.step_in_backward,
-                    storage=self.switches.state and not self.scaled and self.model is self.inner,
+                    storage=self.switches.state
+                    and not self.scaled
+                    and self.model is self.inner
+                    and self.memory.on_host,
                     weights=self.weights,
                     growing=self.model is self.inner,
                 )
             ),
             splittable=self._why_not_split(loss_plan, coupled, self._rooms[key], inputs, targets),
-            techniques=self.switches.planner,
+            techniques=self.switches.planner if self.memory.on_host else replace(self.switches.planner, compact=False),
             rates=self.rates,
             in_flight=self.in_flight,
             spare=spare,
             accumulate=self.switches.accumulate,
             parts=self.micro_batches,
-            joint=study(self.inner, together, inputs, targets).timed_as(made) if passes.lockstep else None,
-            slack=low_memory.inside(batch_size(inputs, targets)) if low_memory is not None else 0,
+            joint=self._study(together, inputs, targets).timed_as(made) if passes.lockstep else None,
+            slack=self.memory.slack
+            + (low_memory.inside(batch_size(inputs, targets)) if low_memory is not None else 0),
+            no_host=self.no_host,
+            absent={} if self.memory.on_host else {"compact": "masks and indices on a device stay as they are"},
+            heap=self.memory.on_host,
             notes=(*(self.fusion.reasons if self.fusion is not None else ()), *([reason] if reason else [])),
         )
         planner = Planner(made, premises)
-        trim(refill=False)
+        self.memory.tidy()
         keep_what_differs(planner, self.inner, forward, inputs, targets)
         self._planners[key], self._passes[key] = planner, passes
+
+    def _study(self, forward: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> Study:
+        return study(self.inner, forward, inputs, targets, clock=self.memory.clock, tidy=self.memory.tidy)
 
     def _low_memory(self, coupled: list[str], inputs: Any, targets: Any) -> tuple[LowMemoryLoss | None, str]:
         """What computes the loss without its logits, or None and why not ("" where nobody asked for it)."""
@@ -335,10 +345,6 @@ class Preparation:
         if verdict and verdict.moving and self.batch_norm not in ("lockstep", "ghost"):
             return f"buffer {verdict.moving[0]} changes with each forward pass"
         return "" if verdict else verdict.reason
-
-    def _spare(self, static: StaticBytes) -> int:
-        """What the machine can spare for all that training holds, of which the weights are there already."""
-        return memory_limits().available + static.weights + static.buffers + static.batch
 
 
 @dataclass(frozen=True, slots=True)

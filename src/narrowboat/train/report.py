@@ -22,10 +22,13 @@ class StepRecord:
         budget: bytes in force.
         predicted_peak: bytes.
         measured_peak: resident memory of the process at its highest in the step, beyond what it had before the model;
-            0 where the system does not tell.
+            0 where the system does not tell. On a device, bytes of tensors by its allocator.
         micro_batches: how many.
         replays: stretches that were computed again.
         spilled: bytes written to storage, activations, gradients, weights and optimizer state together.
+        offloaded: bytes copied from a device to pinned host memory.
+        reserved_peak: the most that a device's allocator took, what it keeps of freed tensors included, beyond what it
+            had before the model; 0 on the host, where that is in ``measured_peak``.
         repeated: times that the step was given up for lack of memory and done again in less.
         departed: where the pass left its plan; "" if it did not.
     """
@@ -40,6 +43,8 @@ class StepRecord:
     spilled: int
     repeated: int
     departed: str = ""
+    offloaded: int = 0
+    reserved_peak: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +76,8 @@ class Report:
             "over_budget": sum(r.measured_peak > r.budget for r in self.steps),
             "repeated": sum(r.repeated for r in self.steps),
             "spilled_bytes_per_step": statistics.median(r.spilled for r in self.steps) if self.steps else 0,
+            "offloaded_bytes_per_step": statistics.median(r.offloaded for r in self.steps) if self.steps else 0,
+            "reserved_peak_bytes": max((r.reserved_peak for r in self.steps), default=0),
             "changes": self.changes,
             "last": asdict(self.steps[-1]) if self.steps else None,
         }
@@ -86,6 +93,10 @@ class Report:
             f"{format_bytes(told['measured_peak_bytes'])}, budget {format_bytes(last.budget)}; "
             f"{told['over_budget']} steps over it",
         ]
+        if told["reserved_peak_bytes"]:
+            lines.append(f"at most {format_bytes(told['reserved_peak_bytes'])} taken from the device for that")
+        if told["offloaded_bytes_per_step"]:
+            lines.append(f"{format_bytes(told['offloaded_bytes_per_step'])} to pinned host memory per step")
         if told["spilled_bytes_per_step"]:
             lines.append(f"{format_bytes(told['spilled_bytes_per_step'])} written to storage per step")
         if told["repeated"]:

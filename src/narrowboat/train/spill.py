@@ -87,6 +87,7 @@ class SpillPool:
     """
 
     staging_bytes = CHUNK
+    bytes_offloaded = 0  # as nothing comes from a device (``device.spill``)
 
     def __init__(self, folder: str | Path, *, in_flight: int) -> None:
         self._file = SpillFile(folder)
@@ -111,6 +112,11 @@ class SpillPool:
     def direct(self) -> bool:
         """Whether the page cache is passed by."""
         return self._file.direct
+
+    @property
+    def holds_most(self) -> int:
+        """Bytes of memory that the pool may hold at any moment."""
+        return self._in_flight + self.staging_bytes
 
     @property
     def bytes_written(self) -> int:
@@ -155,6 +161,9 @@ class SpillPool:
         """Start the threads now: their stacks count as data, so before a data limit is set."""
         for lane in (self._writer, self._reader):
             lane.submit(int).result()
+
+    def rest(self) -> None:
+        """Let go of a device's memory; here nothing is held of that."""
 
     def write(self, storage: torch.UntypedStorage) -> Ticket:
         """Queue ``storage`` to be written; waits while the pool holds too many bytes.
@@ -251,6 +260,17 @@ class SpillPool:
         with self._lock:
             wait([each._write for each in self._held if each._write is not None])
             self.seconds_waiting += time.perf_counter() - begin
+            self._check()
+
+    def finish(self, ticket: Ticket) -> None:
+        """Wait until ``ticket`` is written.
+
+        Raises:
+            SpillError: it, or one before, could not be; the bytes are still in memory.
+        """
+        if (writing := ticket._write) is not None:
+            wait([writing])
+        with self._lock:
             self._check()
 
     def close(self) -> None:

@@ -72,30 +72,35 @@ def _temporaries(optimizer: torch.optim.Optimizer, largest: int) -> int:
     for group in optimizer.param_groups:
         if group.get("fused"):
             continue
-        sizes = [p.numel() * p.element_size() for p in group["params"] if p.requires_grad]
-        most = max(most, sum(sizes) if group.get("foreach") else min(max(sizes, default=0), largest))
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        sizes = [p.numel() * p.element_size() for p in trained]
+        together = group.get("foreach")
+        if together is None:  # torch's own choice on a GPU (``_default_to_fused_or_foreach``)
+            together = "foreach" in group and all(p.is_cuda for p in trained)
+        most = max(most, sum(sizes) if together else min(max(sizes, default=0), largest))
     return 2 * most
 
 
-def _distinct(tensors: Iterable[torch.Tensor]) -> int:
+def _distinct(tensors: Iterable[torch.Tensor], kind: str | None = None) -> int:
     storages: dict[int, int] = {}
     for tensor in tensors:
         if tensor.device.type == "meta" or is_standin(tensor):
             continue  # no bytes in memory
+        if kind is not None and tensor.device.type != kind:
+            continue
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
-def batch_bytes(inputs: Any, targets: Any) -> int:
-    """Bytes of a batch's tensors."""
-    return _distinct(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor))
+def batch_bytes(inputs: Any, targets: Any, kind: str | None = None) -> int:
+    """Bytes of a batch's tensors; with ``kind``, of those on such devices ("cpu", "cuda")."""
+    return _distinct((leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, torch.Tensor)), kind)
 
 
-def model_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of host memory that the model and the optimizer hold now; stand-ins hold none."""
-    tensors = [*model.parameters(), *model.buffers(), *_state(optimizer)]
-    return _distinct(tensor for tensor in tensors if tensor.device.type == "cpu")
+def model_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str = "cpu") -> int:
+    """Bytes that the model and the optimizer hold now on devices of a kind; stand-ins hold none."""
+    return _distinct([*model.parameters(), *model.buffers(), *_state(optimizer)], kind)
 
 
 def state_there(optimizer: torch.optim.Optimizer) -> int:

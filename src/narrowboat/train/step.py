@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
@@ -20,20 +18,22 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import nn
 
+from narrowboat.arena.device.interface import Device
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import TrainingError, UsageError
-from narrowboat.machine.data_limit import data_limit, is_out_of_memory
-from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
-from narrowboat.machine.memory import reset_peak
-from narrowboat.machine.whole_heap import STRETCH, give_back, open_whole_heap
+from narrowboat.machine.data_limit import is_out_of_memory
 from narrowboat.quantities import format_bytes
 from narrowboat.train.budget import BudgetInForce
+from narrowboat.train.device.choice import Amounts, check_batch, check_weights, device_of
+from narrowboat.train.device.memory import memory_of
+from narrowboat.train.device.offload import open_pool
+from narrowboat.train.device.spill import DeviceSpillPool
 from narrowboat.train.distributed import Ranks
-from narrowboat.train.footprint import Footprint
 from narrowboat.train.forked import Home
 from narrowboat.train.fuse import Fusion
-from narrowboat.train.heap_guard import HeapGuard, NoHeap
+from narrowboat.train.host_memory import HostMemory
 from narrowboat.train.measure.chain import Rates
+from narrowboat.train.memory import MeasuredMemory
 from narrowboat.train.options import (
     check_functions,
     check_model,
@@ -48,7 +48,7 @@ from narrowboat.train.preparation import Preparation
 from narrowboat.train.report import Report, StepRecord
 from narrowboat.train.snapshot import Snapshot
 from narrowboat.train.spill import SpillPool, measure_bandwidth
-from narrowboat.train.stored_update import StoredUpdate
+from narrowboat.train.stored_update import StoredUpdate, update_for
 from narrowboat.train.switches import Switches
 from narrowboat.train.update import Update
 from narrowboat.train.weights import TrainingWeights
@@ -61,8 +61,6 @@ _SMALLER = 0.8  # of the budget, after a step that ran out of memory
 _MOST_ATTEMPTS = 8
 _IN_FLIGHT = 16 << 20  # bytes of activations on their way to or from storage
 _LEARNING = 3  # steps
-_SMALL_PLAN = 16 << 20  # bytes of activations
-_ENFORCED = 256 << 20  # beyond the plan, before an allocation is refused: threads' heaps, libraries
 
 
 class TrainStep:
@@ -79,7 +77,8 @@ class TrainStep:
         loss_fn: Callable[..., Any] | None,
         optimizer: torch.optim.Optimizer,
         *,
-        budget: int | str = "auto",
+        budget: int | str | Mapping[str, int | str] = "auto",
+        device: str | torch.device | Device | None = None,
         spill: str | Path | None = None,
         weights: str | Path | WeightsIndex | None = None,
         batch_norm: str = "auto",
@@ -104,19 +103,28 @@ class TrainStep:
         self.optimizer = optimizer
         self._ranks = Ranks(model)
         self._inner = self._ranks.model
-        self._clip, self._scaler = clip_grad_norm, scaler
-        self._in_backward, self._enforce = in_backward, enforce
+        self._scaler = scaler
+        self._how: dict[str, Any] = {"clip": clip_grad_norm, "scaler": scaler, "in_backward": in_backward}
         check_optimizer(self._inner, optimizer)
         switches = Switches.of(techniques)
-        self._budget = BudgetInForce(budget, adapt=adapt)
+        self._device = device_of(self._inner, device)
+        amounts = Amounts.of(budget, self._device)
+        on_device = None
+        if self._device is not None:
+            check_weights(self._inner, weights)
+            on_device = memory_of(self._device, self._inner, optimizer, enforce=enforce)
+        self._budget = BudgetInForce(amounts.own, adapt=adapt, machine=on_device)
         self._folder = folder_of(spill)
         self._fusion = Fusion(self._inner) if switches.fuse else None
-        self._pool: SpillPool | None = None
-        rates = Rates()
-        if self._folder is not None:
-            self._pool = SpillPool(self._folder, in_flight=_IN_FLIGHT)
+        self._pool: SpillPool | DeviceSpillPool | None = None
+        rates, no_host = Rates(), ""
+        if self._folder is not None and (switches.planner.spill or on_device is None):
+            storage = self._pool = SpillPool(self._folder, in_flight=_IN_FLIGHT)
             write, read = measure_bandwidth(self._folder)
             rates = Rates(write=1 / write, read=1 / read)
+        if self._device is not None and switches.planner.spill:
+            behind = storage if self._folder is not None else None
+            self._pool, rates, no_host = open_pool(self._device, amounts, self._budget.now, behind, rates)
         self._weights: TrainingWeights | None = None
         try:
             self._weights = weights_on_storage(
@@ -126,7 +134,9 @@ class TrainStep:
             if self._pool is not None:
                 self._pool.close()
             raise
-        self._footprint = Footprint(self._inner, optimizer, self._weights)
+        self._memory: MeasuredMemory = on_device or HostMemory(
+            self._inner, optimizer, self._weights, enforce=enforce, start_threads=self._start_threads
+        )
         self._preparation = Preparation(
             model=model,
             inner=self._inner,
@@ -137,14 +147,15 @@ class TrainStep:
             backward=self._send_back,
             rates=rates,
             pool=self._pool,
-            in_flight=_IN_FLIGHT + (self._pool.staging_bytes if self._pool is not None else 0),
+            in_flight=self._pool.holds_most if self._pool is not None else 0,
+            memory=self._memory,
+            no_host=no_host,
             weights=self._weights,
             count=count,
             micro_batches=micro_batches,
             scaled=scaler is not None,
             step_in_backward=in_backward and clip_grad_norm is None,
             fusion=self._fusion,
-            footprint=self._footprint,
             tell=self._tell,
         )
         self._last: TrainPlan | None = None
@@ -152,19 +163,21 @@ class TrainStep:
         self._report = Report()
         self._steps_done = self._weights.steps_done if self._weights is not None else 0
         self._home = Home()
-        self._closed = False
-        self._policy: MallocPolicy | None = None
+        self._closed = self._given_up = False
 
     # -- for the user --------------------------------------------------------------------------------------------
 
     @property
     def budget(self) -> int:
-        """Bytes in force; may be set between steps (an int or "1.5GiB")."""
+        """Bytes in force, of the device that computes; may be set between steps (an int or "1.5GiB")."""
         return self._budget.now
 
     @budget.setter
-    def budget(self, value: int | str) -> None:
-        self._budget.set(value)
+    def budget(self, value: int | str | Mapping[str, int | str]) -> None:
+        amounts = Amounts.of(value, self._device)
+        if amounts.host is not None:
+            raise UsageError("how much host memory may be pinned is settled when the step is made: leave 'cpu' out")
+        self._budget.set(amounts.own)
 
     @property
     def plan(self) -> TrainPlan:
@@ -197,9 +210,10 @@ class TrainStep:
             TrainingError: the batch is empty, or model or loss fail on it.
         """
         self._check_open()
+        check_batch(inputs, targets, self._inner)
         inputs = self._preparation.divided(inputs, targets)
-        self._footprint.begin(inputs, targets)
-        self._budget.follow(self._footprint.held(), self._footprint.addresses())
+        self._memory.begin(inputs, targets)
+        self._budget.follow(self._memory.could_hold)
         self._last, _ = self._preparation.plan(inputs, targets, self._budget.now)
         return self._last
 
@@ -219,7 +233,7 @@ class TrainStep:
             TrainingError: the batch is empty, model or loss fail while it is measured, this is a forked child, or out
                 of memory on the smallest plan as well; nothing was changed.
         """
-        start = time.perf_counter()
+        start = self._memory.clock.mark()
         outcome, record, update = self._gradients(inputs, targets, None)
         update.finish()
         self._steps_done += 1
@@ -234,7 +248,7 @@ class TrainStep:
 
         Gradients that are there already are replaced. Returns and errors as for a call.
         """
-        start = time.perf_counter()
+        start = self._memory.clock.mark()
         outcome, record, _ = self._gradients(inputs, targets, "memory")
         self._note(outcome, record, start)
         return outcome.loss
@@ -257,9 +271,7 @@ class TrainStep:
             self._weights.close()
         if self._fusion is not None:
             self._fusion.close()
-        if self._policy is not None:
-            set_malloc_policy(MallocPolicy.DEFAULT)
-            self._policy = None
+        self._memory.close()
         self._closed = True
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -294,9 +306,13 @@ class TrainStep:
     ) -> tuple[Outcome, StepRecord, Update | StoredUpdate]:
         self._check_open()
         with self._ranks.together():
+            check_batch(inputs, targets, self._inner)
             inputs = self._preparation.divided(inputs, targets)
-        self._footprint.begin(inputs, targets)
-        if change := self._budget.follow(self._footprint.held(), self._footprint.addresses()):
+        if self._given_up:
+            self._given_up = False
+            gc.collect()  # what the last step's error holds is in cycles
+        self._memory.begin(inputs, targets)
+        if change := self._budget.follow(self._memory.could_hold):
             self._tell(change, logging.INFO)
         repeated, budget = 0, self._budget.now
         failed: tuple[TrainPlan, Exception] | None = None
@@ -306,27 +322,28 @@ class TrainStep:
                     budget = self._less(failed[0], budget, repeated, failed[1])
                     failed = None  # with the frames that the error holds
                     gc.collect()  # and the graph, which has cycles
-                    give_back()
+                    if self._pool is not None:
+                        self._pool.rest()
+                    self._memory.give_back()
                 plan, passes = self._preparation.plan(inputs, targets, budget)
             self._last = plan
             update = self._update_for(plan)
-            self._tighten(plan)
             snapshot = Snapshot(self._inner)
             self.optimizer.zero_grad(set_to_none=True)
             for parameter in self._inner.parameters():
                 parameter.grad = None
-            written = self._written()
+            written, offloaded = self._written(), self._offloaded()
             if self._weights is not None:
                 self._weights.begin_step()
-            reset_peak()
-            guard = self._guard(plan, budget)
+            self._memory.reset_peak()
             try:
-                with self._limited(plan), self._preparation.frozen():
+                with self._memory.guarded(plan, budget) as guard, self._preparation.frozen():
+                    before = guard.before if guard.watches else None
                     if tier == "memory":
                         with update.gradients_in_memory():
-                            outcome = passes.run(plan, inputs, targets, before=guard.before)
+                            outcome = passes.run(plan, inputs, targets, before=before)
                     else:
-                        outcome = passes.run(plan, inputs, targets, update.begin, before=guard.before)
+                        outcome = passes.run(plan, inputs, targets, update.begin, before=before)
                 guard.end(update.takes(plan.static))
                 break
             except BaseException as error:
@@ -338,11 +355,12 @@ class TrainStep:
                 update.abandon()
                 drain_autograd()
                 snapshot.restore()
+                self._given_up = True
                 if not is_out_of_memory(error) or not isinstance(error, Exception):
                     raise
                 repeated, failed = repeated + 1, (plan, error)
         record = StepRecord(
-            loss=float(outcome.loss),
+            loss=0.0,
             seconds=0.0,
             budget=self._budget.now,
             predicted_peak=plan.predicted_peak,
@@ -350,6 +368,7 @@ class TrainStep:
             micro_batches=plan.parts,
             replays=outcome.replays,
             spilled=written,
+            offloaded=offloaded,
             repeated=repeated,
             departed=outcome.departed,
         )
@@ -366,31 +385,6 @@ class TrainStep:
         self._budget.lower(smaller)
         return smaller
 
-    def _tighten(self, plan: TrainPlan) -> None:
-        """Have the allocator keep what the guard gives back; for a few MiB of activations, have it keep nothing.
-
-        Small tensors are cleared sooner than a heap full of huge pages is given back.
-        """
-        wanted = MallocPolicy.STRICT if plan.activations < _SMALL_PLAN else MallocPolicy.GUARDED
-        if plan.step is None or wanted is self._policy:
-            return
-        done = open_whole_heap() if wanted is MallocPolicy.GUARDED else set_malloc_policy(wanted)
-        self._policy = wanted if done else None
-
-    def _guard(self, plan: TrainPlan, budget: int) -> HeapGuard:
-        budget = min(budget, plan.budget)
-        heap = NoHeap() if self._policy is MallocPolicy.STRICT else None
-        ceiling = budget + _ENFORCED if self._enforce else None
-        return HeapGuard(self._footprint.base, budget, ceiling, still=plan.static.still, heap=heap)
-
-    def _limited(self, plan: TrainPlan) -> Any:
-        if not self._enforce or any(parameter.is_cuda for parameter in self._inner.parameters()):
-            return nullcontext()
-        if self._pool is not None:
-            self._pool.start()
-        static = plan.static
-        return data_limit(plan.predicted_peak - static.weights - static.buffers - static.batch + _ENFORCED + STRETCH)
-
     def _update_for(self, plan: TrainPlan) -> Update | StoredUpdate:
         if self._weights is not None and plan.tier.window and self._weights.budget != plan.tier.window:
             self._weights.budget = plan.tier.window
@@ -399,26 +393,8 @@ class TrainStep:
         if self._update is not None:
             self._update.close()
             self._update = None
-        if self._weights is not None and self._weights.stored is not None:
-            assert self._folder is not None
-            self._update = StoredUpdate(
-                self._inner,
-                self.optimizer,
-                plan.tier,
-                self._folder,
-                self._weights,
-                clip=self._clip,
-            )
-        else:
-            self._update = Update(
-                self._inner,
-                self.optimizer,
-                plan.tier,
-                self._folder,
-                clip=self._clip,
-                scaler=self._scaler,
-                in_backward=self._in_backward,
-            )
+        model, optimizer, weights = self._inner, self.optimizer, self._weights
+        self._update = update_for(model, optimizer, plan.tier, self._folder, weights, **self._how)
         return self._update
 
     def _learn(self, peak: int, record: StepRecord) -> None:
@@ -432,11 +408,19 @@ class TrainStep:
         what = f"{format_bytes(slack)} more set aside for what kernels and the allocator take beside tensors"
         self._tell(what, logging.INFO)
 
-    def _note(self, outcome: Outcome, record: StepRecord, start: float) -> None:
-        peak = self._footprint.peak()
+    def _note(self, outcome: Outcome, record: StepRecord, start: Any) -> None:
+        clock, peak = self._memory.clock, self._memory.peak()
         self._learn(peak, record)
-        spilled = self._written() - record.spilled
-        self._report.add(replace(record, seconds=time.perf_counter() - start, measured_peak=peak, spilled=spilled))
+        record = replace(
+            record,
+            seconds=clock.seconds(start, clock.mark()),  # on a device the step's one wait for it, so its loss is there
+            loss=float(outcome.loss),
+            measured_peak=peak,
+            reserved_peak=self._memory.reserved_peak(),
+            spilled=self._written() - record.spilled,
+            offloaded=self._offloaded() - record.offloaded,
+        )
+        self._report.add(record)
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -446,6 +430,13 @@ class TrainStep:
     def _written(self) -> int:
         update = self._update.bytes_written if self._update is not None else 0
         return update + (self._pool.bytes_written if self._pool is not None else 0)
+
+    def _offloaded(self) -> int:
+        return self._pool.bytes_offloaded if self._pool is not None else 0
+
+    def _start_threads(self) -> None:
+        if self._pool is not None:
+            self._pool.start()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -468,7 +459,9 @@ def train_step(
         optimizer: any of torch's over the model's parameters, but those that need a closure.
         budget: bytes for everything that training holds: weights, buffers, gradients, optimizer state, batch,
             activations, temporaries, and what the allocator adds. An int, "1.5GiB", or "auto" (what the machine can
-            spare).
+            spare); of the device where the model is. For a model on a GPU also ``{"cuda": "6GiB", "cpu": "8GiB"}``:
+            "cpu" is how much host memory may be pinned for activations; left out, half of what the host can spare.
+        device: where the model is; None to go by its parameters. On a GPU the budget is the allocator's.
         spill: a folder for activations (and what else does not fit); None for no storage.
         weights: the weights file or folder of a model that is larger than memory: a skeleton on meta, or a model from
             ``nb.stream`` (which knows its own). Frozen weights take turns in a window, in forward and in backward.
@@ -489,9 +482,13 @@ def train_step(
             which. What is in memory is resumed by ``load_state_dict`` of model and optimizer.
         adapt: follow what the machine has free, below the budget.
         enforce: refuse allocations that go far beyond the plan, so that an overrun is an error that is caught and
-            not a kill (CPU).
+            not a kill. On a GPU torch's allocator is held to the budget while the passes run
+            (``set_per_process_memory_fraction``, put back afterwards).
 
     Raises:
+        NoDeviceError: there is no such device.
+        DeviceMemoryError: the budget is above what the device has free.
+        PinnedMemoryError: the system does not pin what the budget has for "cpu".
         UsageError: an option that cannot be used as given; ``resume`` where there is nothing to go on from.
         SpillError: the folder cannot be used; what is to be resumed is damaged, or not of one step of one run.
         TrainingError: an optimizer that cannot be used, or whose parameters are not the model's.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from narrowboat.errors import TrainingError
 from narrowboat.train.state import GradientStore, StoredOptimizer
 from narrowboat.train.static import StaticBytes
 from narrowboat.train.tiers import Tier
+from narrowboat.train.update import Update
 from narrowboat.train.weights import TrainingWeights
 
 
@@ -141,3 +143,26 @@ class StoredUpdate:
         self._store.detach()
         self._store.close()
         self._optimizer.close()
+
+
+def update_for(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tier: Tier,
+    folder: Path | None,
+    weights: TrainingWeights | None,
+    *,
+    clip: float | None,
+    scaler: Any,
+    in_backward: bool,
+) -> Update | StoredUpdate:
+    """What happens to gradients and how the optimizer steps, on one tier.
+
+    Args:
+        weights: of the model, on storage; None where they are in memory.
+        model, optimizer, tier, folder, clip, scaler, in_backward: see ``Update``.
+    """
+    if weights is not None and weights.stored is not None:
+        assert folder is not None
+        return StoredUpdate(model, optimizer, tier, folder, weights, clip=clip)
+    return Update(model, optimizer, tier, folder, clip=clip, scaler=scaler, in_backward=in_backward)

@@ -15,7 +15,14 @@ from narrowboat.arena.device.find import open_device
 from narrowboat.arena.device.mirror import Mirror
 from narrowboat.arena.device.slab import DeviceSlab, InPlaceSlab
 from narrowboat.arena.slab import Slab
-from narrowboat.errors import DeviceError, DeviceLostError, DeviceMemoryError, NoDeviceError, PinnedMemoryError
+from narrowboat.errors import (
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    NoDeviceError,
+    PinnedMemoryError,
+    UsageError,
+)
 
 MIB = 1 << 20
 BASE = 1 << 40
@@ -379,6 +386,15 @@ def test_an_evict_that_fails_says_how_far_it_came(mirrored: Any, failing: str) -
     with pytest.raises(DeviceError):
         mirror.evict(CHUNK, save=True)
     assert mirror.out_bytes == 0
+
+
+def test_what_was_saved_is_no_longer_once_it_is_being_saved_again(mirrored: Any) -> None:
+    mirrored.mirror.save()
+    mirrored.module.failing["cuMemcpyDtoHAsync", 2] = 1
+    with pytest.raises(DeviceError):
+        mirrored.mirror.evict(save=True)
+    with pytest.raises(UsageError, match="never saved"):
+        mirrored.mirror.evict(save=False)
 
 
 # -- which device ----------------------------------------------------------------------------------

@@ -67,7 +67,6 @@ def run(tasks: list[Running], pool: PagePool, *, preempt: bool = True, prefetch:
         BlockBoundaries(order.edf, preempt=preempt, prefetch=prefetch),
         SwapSpace(pool),
         budget=1 << 40,
-        baseline=0,
         **more,
     )
     return executor.run(20, jobs=3) if all(task.closed_loop for task in tasks) else executor.run(1.0)

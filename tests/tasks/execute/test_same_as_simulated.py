@@ -84,7 +84,7 @@ def test_a_run_is_what_the_simulator_makes_of_its_costs(nets: Path) -> None:
         tasks.append(Running(facts[name], model, Source(lambda model=model: model.inputs)))  # type: ignore[misc]
     policy = BlockBoundaries(order.edf)
     # A period is all the time there is: jobs preempt each other, and some are late.
-    executor = Executor(tasks, policy, SwapSpace(pool, remember=False), budget=1 << 40, baseline=0)
+    executor = Executor(tasks, policy, SwapSpace(pool, remember=False), budget=1 << 40)
     seen: dict[tuple[str, int], int] = {}
     released = executor.account.released
 

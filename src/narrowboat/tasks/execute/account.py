@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from narrowboat.machine.malloc import trim
-from narrowboat.machine.memory import process_memory, reset_peak, resident_bytes
 from narrowboat.tasks.execute.figures import spread
+from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.policy.action import Action, Engine, View
 from narrowboat.tasks.record import Change, JobRecord, Record, Segment
 
@@ -19,7 +18,7 @@ class Account:
 
     Args:
         budget: bytes over the baseline.
-        baseline: resident bytes of the process without the tasks.
+        ground: where the tasks run, and what they hold there.
 
     Attributes:
         record: jobs, segments, memory.
@@ -29,8 +28,8 @@ class Account:
         held_bytes: over the baseline, as last seen.
     """
 
-    def __init__(self, budget: int, baseline: int) -> None:
-        self.budget, self.baseline = budget, baseline
+    def __init__(self, budget: int, ground: Ground) -> None:
+        self.budget, self._ground = budget, ground
         self.record = Record()
         self.overheads: list[int] = []
         self.late_wakes: list[int] = []
@@ -61,7 +60,9 @@ class Account:
         """An engine has ended what it was at."""
         number = action.job.number if action.job is not None else -1
         self._busy[engine.value] += end - begin
-        self.record.segments.append(Segment(engine.value, what, action.task.name, number, action.block, begin, end))
+        self.record.segments.append(
+            Segment(engine.value, what, action.task.name, number, action.block, begin, end, action.nbytes)
+        )
 
     def overrun(self, task: str, job: int, engine: str, block: int, took: int, budget: int) -> None:
         """A segment took longer than it was allowed."""
@@ -70,22 +71,19 @@ class Account:
 
     def look(self, now: int) -> None:
         """Write memory down if it has changed; give the heap's holes back if it is too much."""
-        held = resident_bytes() - self.baseline
+        held = self._ground.held()
         if held > self.budget:
-            trim(refill=False)
-            held = resident_bytes() - self.baseline
+            self._ground.relieve()
+            held = self._ground.held()
         if abs(held - self.held_bytes) >= _CHANGE:
             self.held_bytes = held
             self.record.memory.append((now, held))
 
     def changed(self, begin: int, end: int, budget: int, setup: dict[str, Any], allowed: int) -> None:
         """From ``end`` on other tasks, or another budget, are in force."""
-        self.record.changes.append(Change(begin, end, setup, allowed, self._peak()))
-        reset_peak()
+        self.record.changes.append(Change(begin, end, setup, allowed, self._ground.peak()))
+        self._ground.reset_peak()
         self.budget, self._resumed = budget, end
-
-    def _peak(self) -> int:
-        return process_memory().hwm - self.baseline
 
     def picture(self, view: View, now: int) -> dict[str, Any]:
         """Now, for whoever watches."""
@@ -108,7 +106,7 @@ class Account:
         """What the analysis rests on, as it was seen; ``more`` is known to others."""
         return {
             **more,
-            "peak_bytes": self._peak(),
+            "peak_bytes": self._ground.peak(),
             "boundary_overhead_us": spread(self.overheads),
             "release_lateness_us": spread(self.late_wakes),
             "overruns": len(self.overruns),

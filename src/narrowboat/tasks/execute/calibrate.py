@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from narrowboat.arena.pool import PagePool
 from narrowboat.errors import AdmissionError, ModelError
 from narrowboat.machine.cache import cache_folder, write_durably
-from narrowboat.machine.malloc import trim
-from narrowboat.machine.memory import process_memory, reset_peak, resident_bytes
 from narrowboat.tasks.analysis.memory import largest_pair
+from narrowboat.tasks.execute.device_model import DeviceTaskModel
 from narrowboat.tasks.execute.executor import Executor
+from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.inputs import Source
-from narrowboat.tasks.execute.load_models import Loaded, held_bytes
+from narrowboat.tasks.execute.load_models import Loaded
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 FORMAT = 5
 _LEAST, _MOST, _WARM = 8, 1000, 2
 _ELSEWHERE = 64 << 20  # bytes that are touched between two jobs, more than caches hold
-CONDITION = "blocks computed while the next is read, caches and heap cold at each job's start; one thread per operator"
 
 
 def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
             )
         if kept is None:
             pipe.tell("progress", said=f"measuring {name}")
-            kept = {"format": FORMAT, "digest": digest, **_measure(model, settings.calibration / 1e6)}
+            kept = {"format": FORMAT, "digest": digest, **_measure(model, loaded.ground, settings.calibration / 1e6)}
             try:
                 write_durably(path, json.dumps(kept))
             except OSError as error:
@@ -69,8 +67,12 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     return {
         "digests": loaded.digests,
         "costs": costs,
-        "held": {name: held_bytes(model, costs[loaded.digests[name]]) for name, model in loaded.of.items()},
-        "chunk_bytes": {name: m.prepared.storage.chunk * m.prepared.storage.depth for name, m in loaded.of.items()},
+        "held": {
+            name: loaded.ground.costs_of(model, costs[loaded.digests[name]]) for name, model in loaded.of.items()
+        },
+        "chunk_bytes": {name: loaded.ground.chunk_bytes(model) for name, model in loaded.of.items()},
+        "mirrors": {name: model.mirrored for name, model in loaded.of.items() if isinstance(model, DeviceTaskModel)},
+        "host_budget": loaded.host_budget,
     }
 
 
@@ -83,48 +85,49 @@ def _kept(path: Path, digest: str) -> dict[str, Any] | None:
     return told if right and told.get("units") else None
 
 
-def _measure(model: TaskModel, seconds: float) -> dict[str, Any]:
+def _measure(model: TaskModel, ground: Ground, seconds: float) -> dict[str, Any]:
     sizes = [unit.nbytes for unit in model.units]
-    pool = PagePool(max(largest_pair(sizes), 1 << 20), lock=True)  # as in a run: locking takes time too
+    pool = ground.pool(max(largest_pair(sizes), 1 << 20))
     ends = range(1, len(sizes) + 1)
     model.arrange(pool, list(ends), ())
     there = tuple(place.nbytes if place is not None else 0 for place in model.places)
     facts = TaskFacts("calibration", 0, tuple(int(n > 0) for n in there), (1,) * len(sizes), there, 1 << 40, 1 << 40)
     stolen: list[int] = []
-    elsewhere = torch.ones(_ELSEWHERE >> 2)
-    trim()
-    before = resident_bytes()
+    elsewhere = torch.ones(_ELSEWHERE >> 2, device=ground.torch_device)
+    ground.clear()
+    before = ground.heap_bytes()
 
     def after_others() -> tuple[Any, ...]:
         """As a job finds the machine when others have run: their data in the caches, no holes of its own."""
-        trim(refill=False)
+        ground.relieve()
         elsewhere.add_(1)
         stolen.append(stolen_ticks())
         return model.inputs
 
     running = Running(facts, model, Source(after_others), closed_loop=True)
     space = SwapSpace(pool, remember=False)
-    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
+    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, ground=ground)
     first = executor.run(None, jobs=_WARM + 1)
     once = max(first.end / (_WARM + 1) / 1e6, 1e-4)
     running.released, running.worker = 0, None
     jobs = min(max(math.ceil(seconds / once), _LEAST), _MOST)
-    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, baseline=0)
+    executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, ground=ground)
     stolen.clear()
-    reset_peak()
+    ground.reset_peak()
     record = executor.run(None, jobs=jobs)
     stolen.append(stolen_ticks())
-    busy = process_memory().hwm - before - pool.nbytes
+    busy = ground.heap_peak(pool) - before
     space.forget()
-    trim()
-    left = max(resident_bytes() - before, 0)
+    ground.clear()
+    left = max(ground.heap_bytes() - before, 0)
     model.dismantle()
     pool.close()
     kept = undisturbed([after - before for before, after in pairwise(stolen)])
     record.segments = [part for part in record.segments if part.job in kept]
     record.jobs = [job for job in record.jobs if job.number in kept]
     memory = {"left_bytes": left, "busy_bytes": max(busy - left, 0)}
-    return {"disturbed": jobs - len(kept), **memory, **_summary(record, sizes, len(kept), executor.account.overheads)}
+    summary = _summary(record, sizes, len(kept), executor.account.overheads)
+    return {"disturbed": jobs - len(kept), **memory, **summary, "condition": ground.condition}
 
 
 def undisturbed(stolen: Sequence[int]) -> set[int]:
@@ -154,7 +157,6 @@ def _summary(record: Record, sizes: list[int], jobs: int, overheads: list[int]) 
     ordered = sorted(overheads)
     return {
         "n": jobs,
-        "condition": CONDITION,
         "overhead_us": ordered[int(len(ordered) * 0.99)] if ordered else 0,
         "overhead_median_us": ordered[len(ordered) // 2] if ordered else 0,
         "real_time": record.premises["real_time"],

@@ -72,8 +72,7 @@ class Changer:
         try:
             if told["prepare_bytes"]:
                 self._make_room(before.pool_bytes - told["prepare_bytes"])
-            models = self._loaded.open(settings)
-            executor.account.baseline = self._loaded.baseline
+            models = self._loaded.open(settings, told["mirrors"])
             after = arrangement_of(told, models, self._loaded.folder, before)
             fresh = {task.facts.name for task in after.tasks if task.model not in before.placements}
             if fresh:

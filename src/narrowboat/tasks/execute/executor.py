@@ -12,22 +12,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from narrowboat.errors import BudgetError, NarrowboatError
-from narrowboat.machine.malloc import trim
+from narrowboat.errors import BudgetError, DeviceLostError, NarrowboatError
 from narrowboat.tasks.execute import realtime
 from narrowboat.tasks.execute.account import Account
 from narrowboat.tasks.execute.arrangement import Arrangement, Switch
 from narrowboat.tasks.execute.arrivals import Arrivals
 from narrowboat.tasks.execute.figures import major_faults
 from narrowboat.tasks.execute.gate import JobEnded
+from narrowboat.tasks.execute.ground import Ground, HostGround
 from narrowboat.tasks.execute.loader import Loader, Order
 from narrowboat.tasks.execute.running import OnEnd, Running, Underway
 from narrowboat.tasks.execute.space import SwapSpace
+from narrowboat.tasks.execute.volume import Move
 from narrowboat.tasks.execute.worker import Worker
 from narrowboat.tasks.job import Job, TaskFacts
 from narrowboat.tasks.policy.action import Action, Do, Engine, Policy, View, held_bytes
 from narrowboat.tasks.record import Record
 
+_SWAPS = (Do.SWAP_IN, Do.SWAP_OUT)
 _TIDY_FROM = 0.004  # seconds without work from which on the heap's holes are given back in them
 _GRACE = 5.0  # seconds that jobs under way at the end may take
 
@@ -40,7 +42,7 @@ class Executor:
         policy: decides.
         space: the swap space.
         budget: bytes over the baseline.
-        baseline: resident bytes of the process without the tasks.
+        ground: where the tasks run; None for the process's memory.
         compute_core, load_core: to pin to; None for anywhere.
         on_tick: called about ten times a second with a picture of now, for whoever watches.
     """
@@ -52,13 +54,14 @@ class Executor:
         space: SwapSpace,
         *,
         budget: int,
-        baseline: int,
+        ground: Ground | None = None,
         compute_core: int | None = None,
         load_core: int | None = None,
         on_tick: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.tasks, self.policy, self.space = list(tasks), policy, space
-        self.account = Account(budget, baseline)
+        self.ground: Ground = ground if ground is not None else HostGround()
+        self.account = Account(budget, self.ground)
         self.granted = realtime.RealTime()
         self.stop_requested = False
         self.begun = threading.Event()
@@ -78,6 +81,7 @@ class Executor:
         self._last_tick = 0
         self._stirred = False  # a job has run since the heap's holes were given back
         self._switch: Switch | None = None
+        self._starved = False  # nothing more could be loaded: nothing is loaded ahead until something was again
 
     # -- reports, from other threads -------------------------------------------------------------------
 
@@ -121,7 +125,9 @@ class Executor:
             seconds: None for until ``stop_requested``.
             jobs: of each task at most.
         """
-        loader = self._loader = Loader(self.space, self._enter(realtime.LOAD, self._cores[1]), self._loaded)
+        loader = self._loader = Loader(
+            self.space, self._enter(realtime.LOAD, self._cores[1]), self._loaded, self.ground
+        )
         loader.start()
         for task in self.tasks:
             self._start_worker(task)
@@ -147,6 +153,7 @@ class Executor:
             major_faults=major_faults() - majors,
             clock_step_s=round(abs((time.time() - wall) - record.end / 1e6), 3),
             blocks_found_in_memory=self.space.hits,
+            **self.ground.figures(),
         )
         return record
 
@@ -157,7 +164,12 @@ class Executor:
         task.worker.start()
 
     def _enter(self, priority: int, core: int | None) -> Callable[[], None]:
-        return lambda: realtime.enter(self.granted, priority, core)
+        def enter() -> None:
+            realtime.enter(self.granted, priority, core)
+            if priority != realtime.DISPATCH:
+                self.ground.begin_thread()
+
+        return enter
 
     def _loop(self, until: int | None, jobs: int | None) -> None:
         with self._wake:
@@ -185,7 +197,7 @@ class Executor:
                 )
                 if left > _TIDY_FROM and self._stirred and not self._view.pending and not self._busy():
                     self._stirred = False
-                    trim(refill=False)  # costs are those of jobs that begin with a heap like that
+                    self.ground.relieve()  # costs are those of jobs that begin with a heap like that
                 if left > 0:
                     self._wake.wait(left)
         raise self._failure
@@ -232,7 +244,7 @@ class Executor:
 
     def _decide(self) -> None:
         while True:
-            self._view.free_bytes = self.space.pool.nbytes - held_bytes(self._view)
+            self._view.free_bytes = 0 if self._starved else self.space.pool.nbytes - held_bytes(self._view)
             actions = self.policy.choose(self._view)
             if not actions:
                 return
@@ -258,8 +270,9 @@ class Executor:
         view.doing[engine], self._began[engine] = action, now
         task = self._arrivals.by_name[action.task.name]
         if engine is Engine.LOAD:
-            self._order = Order(task.model, action.block)
-            if action.job is not None:
+            swap = Move(action.nbytes, action.do is Do.SWAP_IN) if action.do in _SWAPS else None
+            self._order = Order(task.model, action.block, swap)
+            if action.job is not None and swap is None:
                 self._begin(action.job, now)
             self._loader.order(self._order)
             return
@@ -269,7 +282,8 @@ class Executor:
             self.account.overheads.append(now - self._idle_since)
             self._idle_since = 0
         self._begin(job, now)
-        job.loaded = max(job.loaded, action.block + 1)
+        if action.do is Do.COMPUTE:
+            job.loaded = max(job.loaded, action.block + 1)
         task.worker.compute(job, action.block, self._under[job].inputs)
 
     def _use_prefetched(self, action: Action) -> None:
@@ -298,13 +312,20 @@ class Executor:
         what = "abort" if order.given_up else action.do.value
         self.account.segment(Engine.LOAD, what, action, begin, when)
         self._order = None
-        if order.given_up:
+        if isinstance(order.error, DeviceLostError) or (order.error is not None and action.do is Do.SWAP_OUT):
+            raise order.error  # what cannot be unmapped is nobody's fault whom failing would help
+        self._starved = order.error is not None
+        if order.error is None:
+            self.policy.ended(action, when)
+        else:
+            self.policy.failed(action)
+        if order.given_up or (action.do in _SWAPS and order.error is None):
             pass
         elif order.error is not None:
             again = isinstance(order.error, BudgetError) and self._retried != (job, action.block)
             self._retried = (job, action.block)
             if job is not None and job in self._under and not again:  # room may have come while it failed
-                self._fail(job, when, f"loading failed: {order.error}")
+                self._fail(job, when, f"loading failed: {_named(order.error)}")
         elif action.do is Do.PREFETCH:
             view.prefetched = action.task
         elif job is not None and job in self._under:
@@ -324,12 +345,17 @@ class Executor:
         self.account.segment(Engine.COMPUTE, action.do.value, action, begin, when)
         self.policy.ended(action, when)
         self._under[job].spent += when - begin
+        if isinstance(error, DeviceLostError):
+            raise error
         if error is not None:
-            cause = "it was ended" if isinstance(error, JobEnded) else f"{type(error).__name__}: {error}"
+            cause = "it was ended" if isinstance(error, JobEnded) else _named(error)
             self._end(job, when, "failed", " ".join(cause.split())[:300])
         else:
             job.computed = action.block + 1
-            self._let_go(job.task, action.block)
+            if action.do is Do.COMPUTE:
+                self._let_go(job.task, action.block)
+            else:
+                self._loader.let_go(None)
             self._over(job, "compute", action.block, when - begin, job.task.computes[action.block])
             if finished is not None:
                 late = when > job.due
@@ -416,6 +442,7 @@ class Executor:
             failed = str(error)
             switch.before.put_in_force(self.space, switch.to)
         self._take_over(switch.before if failed else switch.to, now)
+        self.ground.limit(switch.to.budget, switch.to.pool_bytes)
         end = self._now()
         if failed:
             switch = Switch(switch.before, switch.before, switch.allowed, switch.done)
@@ -458,3 +485,7 @@ class Executor:
         for task in self.tasks:
             if task.worker is not None:
                 task.worker.join(_GRACE)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

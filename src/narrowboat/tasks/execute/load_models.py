@@ -6,48 +6,65 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from narrowboat.errors import NarrowboatError, TaskSpecError
-from narrowboat.machine.malloc import MallocPolicy, set_malloc_policy
-from narrowboat.machine.memory import process_memory, resident_bytes
-from narrowboat.profile.memory import activation_parts, carried_bytes
+from narrowboat.machine.memory import process_memory
 from narrowboat.profile.warmup import warm_up, warm_up_stand_ins, warm_up_tracer
+from narrowboat.quantities import format_bytes
+from narrowboat.tasks.execute.device_ground import DeviceGround, ground_of
+from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
 
-_PER_TASK = 1 << 20  # bytes of a thread, its stack and buffers, and of the record
-POLICY = MallocPolicy.BALANCED  # holes from 1 MiB go back, so that jobs in between each other do not pile them up
+Mirrors = Mapping[str, Collection[int]]  # units in host memory, by the task's name
 
 
 class Loaded:
     """All networks of a set.
 
+    Args:
+        settings: the description.
+        folder: that paths are meant from.
+        tell: called with what takes long, in words.
+        mirrors: on a device, what of the networks is kept in host memory; None to choose now.
+
     Attributes:
         folder: that paths are meant from.
-        baseline: resident bytes of the process without them, what their factories import included.
+        ground: where they run.
+        host_budget: bytes of pinned host memory that there are for them.
         of: the network of each task, by the task's name.
         digests: by the task's name, what is equal for tasks that share a network.
     """
 
-    def __init__(self, settings: TasksSpec, folder: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: TasksSpec,
+        folder: Path,
+        tell: Callable[[str], None],
+        mirrors: Mirrors | None = None,
+    ) -> None:
         torch.set_num_threads(1)
         warm_up()
         warm_up_tracer()
         warm_up_stand_ins()
-        self.baseline = process_memory().rss
+        self.ground: Ground = ground_of(settings, process_memory().rss)
+        self.host_budget = 0
         self.of: dict[str, TaskModel] = {}
         self.digests: dict[str, str] = {}
         self.folder, self._tell = folder, tell
         self._known: dict[tuple[str, str | None], TaskModel] = {}
-        self.of = self.open(settings)
+        self.of = self.open(settings, mirrors)
         self.digests = {name: digest_of(model) for name, model in self.of.items()}
-        set_malloc_policy(POLICY)
+        self.ground.opened()
 
-    def open(self, settings: TasksSpec) -> dict[str, TaskModel]:
+    def open(self, settings: TasksSpec, mirrors: Mirrors | None = None) -> dict[str, TaskModel]:
         """The network of each task by the task's name; those that are open already are not opened again.
+
+        Args:
+            settings: the description.
+            mirrors: as for the class.
 
         Raises:
             NarrowboatError: a network cannot be opened; none of the new ones stays.
@@ -63,11 +80,11 @@ class Loaded:
                 key = network_key(task)
                 if key not in self._known:
                     self._tell(f"loading {task.name}")
-                    held = resident_bytes()
-                    model = self._known[key] = _open(task, self.folder)
-                    self.baseline += model.prepared.library_bytes
-                    model.grown_bytes = resident_bytes() - held - model.prepared.library_bytes
+                    self._known[key] = _open(task, self.folder, self.ground)
                 found[task.name] = self._known[key]
+            if isinstance(self.ground, DeviceGround):
+                self.host_budget = self.ground.mirror(found, mirrors)
+                self._tell(f"{format_bytes(self.ground.pinned_bytes)} of host memory are pinned")
         except NarrowboatError:
             for key in set(self._known) - before:
                 self._known.pop(key).close()
@@ -83,26 +100,6 @@ class Loaded:
                 del self._known[key]
 
 
-def held_bytes(model: TaskModel, seen: Mapping[str, Any]) -> dict[str, int]:
-    """What it takes beside weights that come and go, as ``CostedTask`` has it.
-
-    Args:
-        model: opened.
-        seen: ``busy_bytes`` and ``left_bytes`` as they were measured; what should have been more, is taken for more.
-    """
-    parts = activation_parts(model.trace, POLICY)
-    boundaries = [unit.first_step for unit in model.units[1:]]
-    return {
-        "fixed_bytes": max(model.fixed_bytes, model.grown_bytes)
-        + model.staying_bytes
-        + seen["left_bytes"]
-        + _PER_TASK,
-        "staying_bytes": model.staying_bytes,
-        "busy_bytes": max(sum(parts.values()), seen["busy_bytes"]),
-        "carried_bytes": min(carried_bytes(model.trace, boundaries), parts["activations"]),
-    }
-
-
 def digest_of(model: TaskModel) -> str:
     """Of weights, model code, inputs' shapes, torch and processor: what measurements depend on."""
     return hashlib.sha256(json.dumps(model.identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -113,14 +110,14 @@ def spec_name(name: str) -> str:
     return f"narrowboat.{name}" if name.startswith("zoo:") else name
 
 
-def _open(task: TaskSpec, folder: Path) -> TaskModel:
+def _open(task: TaskSpec, folder: Path, ground: Ground) -> TaskModel:
     assert task.model is not None
     source = folder / task.input.file if task.input is not None and task.input.file is not None else None
     name = spec_name(task.model)
     if ":" not in name:
         name = str(folder / name)
     try:
-        return TaskModel(name, folder / task.weights if task.weights is not None else None, source)
+        return ground.open(name, folder / task.weights if task.weights is not None else None, source)
     except NarrowboatError as error:
         error.args = (f"task {task.name!r}: {error}", *error.args[1:])
         raise

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from narrowboat.arena.pool import PagePool, PooledSlab
+import torch
+
+from narrowboat.arena.device.interface import Device
+from narrowboat.arena.pool import PooledSlab
 from narrowboat.arena.slab import PAGE, Slab
 from narrowboat.errors import ModelError
 from narrowboat.profile.order import split_example
@@ -45,6 +48,41 @@ class Unit:
     groups: tuple[int, ...]
     first_step: int
     nbytes: int
+
+
+class Way(Protocol):
+    """A block on its way to its place."""
+
+    def cancel(self) -> None:
+        """From another thread: end soon."""
+
+    def run(self) -> object:
+        """Return when the bytes are there, with what the calling thread knows then (``Ground.hand_over``).
+
+        Raises:
+            NarrowboatError: they are not, because of an error or ``cancel``.
+        """
+
+
+class ReadIn:
+    """A block that is read from storage straight to where it is used.
+
+    Args:
+        reader: reads.
+        job: that is under way.
+    """
+
+    def __init__(self, reader: Reader, job: ReadJob) -> None:
+        self._reader, self._job = reader, job
+
+    def cancel(self) -> None:
+        """See ``Way``."""
+        self._reader.cancel(self._job)
+
+    def run(self) -> object:
+        """See ``Way``."""
+        self._reader.wait(self._job)
+        return None
 
 
 @dataclass(frozen=True)
@@ -92,6 +130,8 @@ class TaskModel:
         spec: MODEL as on the command line.
         weights: their file; None for the factory's own.
         source: an input file; None for the example's inputs.
+        device: where it runs; None for the processor.
+        chunk: bytes of one read at most; None for what the storage is best at.
 
     Attributes:
         module: the skeleton.
@@ -107,10 +147,19 @@ class TaskModel:
         ModelError: no traced order, which tasks need.
     """
 
-    def __init__(self, spec: str, weights: Path | None, source: Path | None = None) -> None:
+    def __init__(
+        self,
+        spec: str,
+        weights: Path | None,
+        source: Path | None = None,
+        *,
+        device: Device | None = None,
+        chunk: int | None = None,
+    ) -> None:
         self.request: Request = find_request(spec, weights, source)
         self.inputs = self.request.need_inputs()
-        self.prepared = prepare(self.request.factory, self.request.source, split_example(self.inputs))
+        example = split_example(self.inputs)
+        self.prepared = prepare(self.request.factory, self.request.source, example, device=device)
         if self.prepared.trace is None:
             raise ModelError(f"{spec} cannot be a task: {self.prepared.why_untraced}")
         if self.prepared.trace.written:
@@ -130,8 +179,9 @@ class TaskModel:
         self.units, self.staying = form_units(self.groups)
         self.files = [WeightsFile(p, stamp, direct=True) for p, stamp in zip(index.files, index.stamps, strict=True)]
         self._numbers = {str(file.path): i for i, file in enumerate(self.files)}
+        storage = self.prepared.storage
         self.reader = Reader(
-            self.files, chunk=self.prepared.storage.chunk, workers=self.prepared.storage.depth, trace=Trace(8)
+            self.files, chunk=min(storage.chunk, chunk or storage.chunk), workers=storage.depth, trace=Trace(8)
         )
         self.placement: Placement | None = None
         self.grown_bytes = 0
@@ -141,6 +191,8 @@ class TaskModel:
         if self.prepared.tiling is not None:
             rows = RowReader(self.reader, self._numbers, [stamp.size for stamp in index.stamps])
             install(self.module, self.prepared.tiling, self.prepared.matched.numbers, rows)
+        for weight in self.prepared.weights:
+            weight.device = device.torch_device if device is not None else torch.device("cpu")
         attach_slots(self.module, self.prepared.matched)
         self.gate = Gate(self.trace.events, self.prepared.weights, lambda block: self.boundary(block))
         wrap_modules(self.module, self.gate)  # type: ignore[arg-type]
@@ -163,7 +215,7 @@ class TaskModel:
             for start, end in zip(starts, placement.ends, strict=True)
         )
 
-    def arrange(self, pool: PagePool, ends: Sequence[int], pins: Iterable[int]) -> None:
+    def arrange(self, pool: Any, ends: Sequence[int], pins: Iterable[int]) -> None:
         """Lay the network out: blocks of units, pinned ones and those that stay in memory of their own.
 
         Args:
@@ -228,9 +280,27 @@ class TaskModel:
             self.reader.wait(self.reader.submit(block.name, slab, block.extents))
         block.state = State.IN
 
-    def submit(self, block: int) -> ReadJob:
-        """Start to read a block whose place is backed."""
-        return self.reader.submit(self.blocks[block].name, self._window, self.blocks[block].extents)
+    def way(self, block: int) -> Way:
+        """Start to bring a block whose place is backed."""
+        return ReadIn(
+            self.reader, self.reader.submit(self.blocks[block].name, self._window, self.blocks[block].extents)
+        )
+
+    # -- in the thread of a job ------------------------------------------------------------------------
+
+    def take(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A job begins: its inputs where the network is."""
+        return inputs
+
+    def ready(self, block: int) -> None:
+        """A block that is in is about to be shown."""
+
+    def settle(self) -> None:
+        """Return when all that was given to be computed has been."""
+
+    def give(self, output: Any) -> Any:
+        """The output of a job, for whoever asked."""
+        return output
 
     def show(self, block: int) -> None:
         """The model sees the block's weights."""
@@ -238,17 +308,20 @@ class TaskModel:
 
     def hide(self, block: int) -> None:
         """Stand-ins where the block's weights were; bytes that somebody kept are moved aside."""
-        state = self.blocks[block]
-        if not state.shown:
-            return
-        state.shown = False
-        for weight, place in zip(state.weights, state.places, strict=True):
-            for slot in weight.slots:
-                if slot.take_out():
-                    slot.rescue()
-                    view = self._window.tensor((state.offset or 0) + place, weight.entry.dtype, weight.entry.shape)
-                    slot.bind(view)
+        hide(self.blocks[block], self._window)
 
     def close(self) -> None:
         """Stop the reader and close the files."""
         self.reader.close()
+
+
+def hide(state: BlockState, slab: Any) -> None:
+    """Stand-ins where a block's weights were, whose places are in ``slab``; bytes that somebody kept move aside."""
+    if not state.shown:
+        return
+    state.shown = False
+    for weight, place in zip(state.weights, state.places, strict=True):
+        for slot in weight.slots:
+            if slot.take_out():
+                slot.rescue()
+                slot.bind(slab.tensor((state.offset or 0) + place, weight.entry.dtype, weight.entry.shape))

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from narrowboat.arena.pool import Extents, PagePool, PooledSlab
+from narrowboat.arena.pool import Extents
 from narrowboat.errors import BudgetError
 from narrowboat.quantities import format_bytes
+
+
+class Pool(Protocol):
+    """A fixed number of bytes, lent in extents: see ``arena.pool.PagePool``."""
+
+    nbytes: int
+    locked: bool
+
+    @property
+    def free_bytes(self) -> int:
+        """Lent to nobody."""
+
+    def take(self, nbytes: int) -> Extents | None:
+        """Extents of that many bytes; None if there are too few."""
+
+    def give(self, extents: Extents) -> None:
+        """Take extents back."""
+
+    def resize(self, nbytes: int) -> None:
+        """Have more bytes, or fewer. Raises StorageError: more is lent, or the system has no more to give."""
+
+    def close(self) -> None:
+        """Give the memory back."""
 
 
 @dataclass(eq=False)
@@ -18,19 +42,29 @@ class Place:
         name: of the block.
         slab: whose addresses.
         offset: of its first byte.
-        nbytes: whole pages.
+        nbytes: whole pages; on a device, whole chunks.
         extents: of the pool that back it; None while none do.
         valid: its weights' bytes are there.
         users: jobs that hold it.
+        known: what the thread that loaded it knew then (``Ground.hand_over``).
     """
 
     name: str
-    slab: PooledSlab
+    slab: Any
     offset: int
     nbytes: int
     extents: Extents | None = None
     valid: bool = False
     users: int = 0
+    known: object = None
+
+    def back(self, extents: Extents) -> None:
+        """The pool lends it these."""
+        self.slab.back(self.offset, extents)
+
+    def unback(self) -> None:
+        """They go back to the pool."""
+        self.slab.unback(self.offset, self.nbytes)
 
 
 class SwapSpace:
@@ -44,7 +78,7 @@ class SwapSpace:
         remember: keep what is let go; without, every use reads, which is what worst cases are measured with.
     """
 
-    def __init__(self, pool: PagePool, *, remember: bool = True) -> None:
+    def __init__(self, pool: Pool, *, remember: bool = True) -> None:
         self.pool, self._remember = pool, remember
         self.in_use = 0
         self.hits = 0
@@ -74,7 +108,7 @@ class SwapSpace:
                         limiter=place.name,
                     )
                 self._drop(next(reversed(self._left)))
-            place.slab.back(place.offset, extents)
+            place.back(extents)
             place.extents, place.valid = extents, False
         self._left.pop(place, None)
         place.users = 1
@@ -97,7 +131,7 @@ class SwapSpace:
 
     def _drop(self, place: Place) -> None:
         del self._left[place]
-        place.slab.unback(place.offset, place.nbytes)
+        place.unback()
         assert place.extents is not None
         self.pool.give(place.extents)
         place.extents, place.valid = None, False

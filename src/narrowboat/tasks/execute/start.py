@@ -10,14 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from narrowboat.arena.pool import PagePool
 from narrowboat.errors import ExecutorError
-from narrowboat.machine.malloc import trim
-from narrowboat.machine.memory import reset_peak
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.execute.arrangement import Arrangement
 from narrowboat.tasks.execute.asked import arrangement_of
 from narrowboat.tasks.execute.executor import Executor
+from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.listen import Listener
 from narrowboat.tasks.execute.load_models import Loaded
@@ -37,28 +35,32 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
 
     Args:
         request: ``settings``, ``folder``, ``tasks`` (facts, ends and pins by task), ``pool_bytes``, ``prefetch``,
-            ``setup``, ``seconds``.
+            ``setup``, ``seconds``; on a device ``mirrors``: what is in host memory, by task.
         pipe: to whoever asked.
     """
     settings = tasks_from(request["settings"])
-    loaded = Loaded(settings, Path(request["folder"]), lambda said: pipe.tell("progress", said=said))
-    space = SwapSpace(PagePool(request["pool_bytes"], lock=True))
-    first = arrangement_of(request, loaded.of, Path(request["folder"]))
+    folder = Path(request["folder"])
+    loaded = Loaded(settings, folder, lambda said: pipe.tell("progress", said=said), request["mirrors"])
+    ground = loaded.ground
+    space = SwapSpace(ground.pool(request["pool_bytes"]))
+    first = arrangement_of(request, loaded.of, folder)
     first.put_in_force(space)
     executor = Executor(
         first.tasks,
         first.policy,
         space,
         budget=first.budget,
-        baseline=loaded.baseline,
+        ground=ground,
         compute_core=settings.compute_core,
         load_core=settings.load_core,
         on_tick=_watched_from_aside(pipe),
     )
     pipe.tell("progress", said="warming up")
-    _warm_up(first, space, loaded.baseline)
-    trim()
-    reset_peak()
+    _warm_up(first, space, ground)
+    if ground.device is None:
+        ground.clear()  # a device's allocator keeps what it has: taking it anew would hold jobs up
+    ground.limit(first.budget, first.pool_bytes)
+    ground.reset_peak()
     executor.account.record.setup = first.setup
     Listener(executor, first, loaded, pipe).start()
     pipe.tell("started", real_time=executor.granted.as_json())
@@ -87,16 +89,14 @@ def _watched_from_aside(pipe: Pipe) -> Callable[[dict[str, Any]], None]:
     return show
 
 
-def _warm_up(arrangement: Arrangement, space: SwapSpace, baseline: int) -> None:
+def _warm_up(arrangement: Arrangement, space: SwapSpace, ground: Ground) -> None:
     """Every task twice, by itself: kernels, packing, and the heap as it will be."""
     for task in arrangement.tasks:
         inputs = task.model.inputs
         source = Source(lambda inputs=inputs: inputs) if task.queued else task.source  # type: ignore[misc]
         alone = Running(task.facts, task.model, source, closed_loop=True)
         policy = BlockBoundaries(ORDERS["edf"])
-        record: Record = Executor([alone], policy, space, budget=arrangement.budget, baseline=baseline).run(
-            None, jobs=2
-        )
+        record: Record = Executor([alone], policy, space, budget=arrangement.budget, ground=ground).run(None, jobs=2)
         failed = next((job.cause for job in record.jobs if job.outcome == "failed"), None)
         if failed is not None:
             raise ExecutorError(f"task {task.facts.name!r} fails when it runs alone: {failed}")

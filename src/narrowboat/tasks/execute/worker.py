@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from narrowboat.arena.device.cuda import named
+from narrowboat.errors import NarrowboatError
 from narrowboat.tasks.execute.gate import JobEnded
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.job import Job
@@ -75,6 +77,7 @@ class Worker(threading.Thread):
         """In this thread, from the gate: the block before is done, and this one waits for its turn."""
         if block:
             self.model.hide(block - 1)
+            self.model.settle()
             self._dispatcher.computed(self, block - 1)
         run = self._under_way
         assert run is not None
@@ -82,25 +85,37 @@ class Worker(threading.Thread):
         if run.ended:
             raise JobEnded
         self.block = block
+        self.model.ready(block)
         self.model.show(block)
 
     def run(self) -> None:
         """The thread."""
         self._begin()
-        torch.set_num_threads(1)
         while (run := self._runs.get()) is not None:
             output, error = None, None
             self.block, self._under_way = -1, run
             try:
-                with torch.inference_mode():
-                    output = self.model.module(*run.inputs)
+                output = self._pass(run.inputs)
             except BaseException as caught:
-                error = caught
+                error = self._named(caught)
             if self.block >= 0:
                 self.model.hide(self.block)
             self.model.gate.depth = 0
+            try:
+                self.model.settle()
+            except NarrowboatError as caught:
+                error = error or caught
             self._dispatcher.finished(self, run.job, output, error)
             del output, error, run
+
+    def _pass(self, inputs: tuple[Any, ...]) -> Any:
+        with torch.inference_mode():
+            return self.model.give(self.model.module(*self.model.take(inputs)))
+
+    @staticmethod
+    def _named(error: BaseException) -> BaseException:
+        """Errors that PyTorch raises about a device, as ours."""
+        return (named(error) if isinstance(error, RuntimeError) else None) or error
 
 
 def _at_boundary(block: int) -> None:

@@ -97,3 +97,6 @@ class Policy(Protocol):
 
     def ended(self, action: Action, now: int) -> None:
         """An action is over."""
+
+    def failed(self, action: Action) -> None:
+        """An action came to nothing: what it was to bring in is as much out as before."""

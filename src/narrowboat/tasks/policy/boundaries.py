@@ -52,6 +52,9 @@ class BlockBoundaries:
     def ended(self, action: Action, now: int) -> None:
         """Nothing to remember: jobs know how far they are."""
 
+    def failed(self, action: Action) -> None:
+        """The same."""
+
     def _segment(self, view: View, job: Job) -> Sequence[Action]:
         task, block = job.task, job.computed
         there = job.loaded > block or not task.loads[block] or (job.untouched and view.prefetched is task)

@@ -41,3 +41,6 @@ class DemandPaging:
         self._cached.move_to_end(key)
         while sum(self._cached.values()) > self._room and len(self._cached) > 1:
             self._cached.popitem(last=False)
+
+    def failed(self, action: Action) -> None:
+        """What was not loaded is not in the cache."""

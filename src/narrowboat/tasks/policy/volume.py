@@ -56,6 +56,11 @@ class VolumeSwap:
             self.out[action.task.name] = 0
             self._forced = action.job
 
+    def failed(self, action: Action) -> None:
+        """What a swap-in was given is free again."""
+        if action.do is Do.SWAP_IN:
+            self.free += self.out[action.task.name]
+
     @staticmethod
     def _head(jobs: Sequence[Job]) -> Job | None:
         return min(jobs, key=edf, default=None)

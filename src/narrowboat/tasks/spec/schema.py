@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from narrowboat.errors import QuantityError
 from narrowboat.quantities import parse_bytes, parse_seconds
+from narrowboat.tasks.spec.device import parse_device
 
 MICROSECONDS = 1_000_000
 _LONGEST = 366 * 86_400  # seconds
@@ -57,6 +58,13 @@ def _positive(value: int) -> int:
     return value
 
 
+def _device(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no device: use cpu, cuda or cuda:N")
+    parse_device(value)
+    return value.strip()
+
+
 _TIME_SCHEMA = {
     "anyOf": [{"type": "string", "pattern": r"^\s*[0-9.]+\s*(ns|us|µs|ms|s|min|h)?\s*$"}, {"type": "number"}],
     "description": "A time such as 20ms; a bare number is seconds.",
@@ -68,6 +76,11 @@ _BYTES_SCHEMA = {
 Cost = Annotated[int, BeforeValidator(_cost), WithJsonSchema(_TIME_SCHEMA)]
 Span = Annotated[int, BeforeValidator(_span), AfterValidator(_positive), WithJsonSchema(_TIME_SCHEMA)]
 Bytes = Annotated[int, BeforeValidator(_bytes), WithJsonSchema(_BYTES_SCHEMA)]
+Device = Annotated[
+    str,
+    BeforeValidator(_device),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*(cpu|cuda(:\d+)?|emulated:.+)\s*$"}),
+]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Policy = Literal["edf", "fp"]
 Preemption = Literal["lp-keep", "np"]
@@ -216,7 +229,26 @@ def network_key(task: TaskSpec) -> tuple[str, str | None]:
 class TasksSpec(_Strict):
     """A set of tasks that share one budget."""
 
-    budget: Annotated[Bytes, Field(description="For all tasks together, above the process's baseline.")]
+    budget: Annotated[
+        Bytes,
+        Field(
+            description="For all tasks together, above the process's baseline; on a device, of the device's memory."
+        ),
+    ]
+    device: Annotated[Device, Field(description="Where the networks run: cpu, cuda or cuda:N.")] = "cpu"
+    host_budget: Annotated[
+        Bytes | None,
+        Field(
+            description="On a device: pinned host memory from which weights are copied in; what does not fit there is "
+            "read from storage each time. Left out: what the networks need, within half of what the host can spare."
+        ),
+    ] = None
+    chunk: Annotated[
+        Bytes | None,
+        Field(
+            description="On a device: its memory comes and goes in pieces of this size; the device's own if left out."
+        ),
+    ] = None
     policy: Annotated[Policy, Field(description="Earliest deadline first, or fixed priorities.")] = "edf"
     preemption: Annotated[
         Preemption,
@@ -242,6 +274,14 @@ class TasksSpec(_Strict):
     def _names(self) -> TasksSpec:
         if self.budget <= 0:
             raise ValueError("budget must be more than zero")
+        if self.device == "cpu" and self.host_budget is not None:
+            raise ValueError(
+                "host_budget belongs to a device with memory of its own: give device: cuda, or only budget"
+            )
+        if self.device == "cpu" and self.chunk is not None:
+            raise ValueError("chunk belongs to a device with memory of its own: give device: cuda, or leave it out")
+        if self.chunk == 0:
+            raise ValueError("chunk must be more than zero")
         seen: set[str] = set()
         for task in self.tasks:
             if task.name in seen:

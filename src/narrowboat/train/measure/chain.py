@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,16 +21,68 @@ _NEVER_FITS = 1 << 55
 class Rates:
     """What the chain needs to know of the machine.
 
+    There may be two places for what is spilled. A device's activations go to pinned host memory first, and on to the
+    folder where that is full; a process's go to the folder. A chain knows one rate, so it is built for a *level*: for
+    "host" only as many units may spill as pinned memory has room for, those that take longest to recompute per byte,
+    at the rate of that memory. For "storage" all may, at a mean rate: every byte takes what it takes to pinned memory
+    and back, and the share that has no room there, were all that autograd saves spilled, takes the folder's time too.
+    That is too much where a plan spills less; a plan that fits into pinned memory is found on the level of its own.
+
+    Copies of a device are made by engines of their own: what a unit moves is hidden behind that unit's own computing
+    for ``overlap`` of it, and never for longer than the unit computes. Storage of a process is hidden for ``overlap``.
+
     Attributes:
         compact: seconds per byte of compacting a saved storage, and of restoring it.
         write, read: seconds per byte to and from the spill folder; None without one.
         overlap: share of reading and writing that goes on while something is computed.
+        host_write, host_read: seconds per byte from a device to pinned host memory and back; None where there is none.
+        host_room: bytes of storages that pinned memory has room for.
+        limit: bytes of storages that units may spill in all; None for any number. Set by ``at``.
+        engines: copies go on beside the computing, and no longer than it. Set by ``at``.
     """
 
     compact: float = 1.5e-9
     write: float | None = None
     read: float | None = None
     overlap: float = 0.7
+    host_write: float | None = None
+    host_read: float | None = None
+    host_room: int = 0
+    limit: int | None = None
+    engines: bool = False
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Those that there are, nearest first."""
+        host = ("host",) if self.host_write is not None and self.host_room > 0 else ()
+        return (*host, *(("storage",) if self.write is not None and self.read is not None else ()))
+
+    def at(self, level: str, saved: int, room: int) -> Rates:
+        """The rates of one level.
+
+        Args:
+            level: one of ``levels``; "" for where nothing is spilled.
+            saved: bytes that autograd saves.
+            room: of ``host_room``, what one pass may have.
+        """
+        if not level or self.host_write is None or self.host_read is None:
+            return self
+        if level == "host":
+            return replace(self, write=self.host_write, read=self.host_read, limit=room, engines=True)
+        assert self.write is not None and self.read is not None
+        beyond = max(0, saved - room) / max(saved, 1)
+        write, read = self.host_write + beyond * self.write, self.host_read + beyond * self.read
+        return replace(self, write=write, read=read, engines=True)
+
+    def exposed(self, seconds: float, beside: float) -> float:
+        """Of so many seconds of reading or writing, those for which computing waits.
+
+        Args:
+            seconds: of reading or writing.
+            beside: of computing at the same time.
+        """
+        hidden = self.overlap * seconds
+        return seconds - (min(hidden, beside) if self.engines else hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +159,7 @@ class _Builder:
             self._first_saver.setdefault(number, unit)
         self._natural = self._live_bytes()
         self._windows = self._backward_windows()
+        self._spilling = self._units_that_spill()
 
     def build(self) -> TrainingChain:
         names = unit_names(self._tape, self._cuts)
@@ -126,11 +179,12 @@ class _Builder:
             )
             units.append(unit)
             options.append(tuple(meanings))
+        boundaries = self._techniques.spill and self._boundaries_spill
         chain = Chain(
             units=tuple(units),
             carried=self._carried(),
-            write=self._rates.write if self._techniques.spill else None,
-            read=self._rates.read if self._techniques.spill else None,
+            write=self._rates.write if boundaries else None,
+            read=self._rates.read if boundaries else None,
         )
         lasting = self._bytes(self._tape.lasting)
         return TrainingChain(self._tape, self._cuts, chain, tuple(options), lasting)
@@ -249,9 +303,43 @@ class _Builder:
             for name, dropped in zip(("reduced", "reduced further"), found, strict=True):
                 if dropped and all(dropped != meaning.dropped for meaning in meanings):
                     self._add_reduced(name, index, saved, dropped, meanings, costs)
-        if self._techniques.spill and self._rates.write is not None and self._rates.read is not None:
+        if index in self._spilling:
             self._add_spilled(index, saved, meanings, costs)
         return meanings, costs
+
+    def _spillable(self, index: int) -> frozenset[int]:
+        saved = self._savings.of_unit[index]
+        return frozenset(number for number in saved if self._tape.storages[number].nbytes >= _SMALLEST_SPILL)
+
+    @property
+    def _boundaries_spill(self) -> bool:
+        """Whether whatever boundaries and units spill is within the limit together."""
+        if self._rates.limit is None:
+            return True
+        every = frozenset().union(*self._boundaries, *(self._spillable(index) for index in range(self._count)))
+        return self._bytes(every) <= self._rates.limit
+
+    def _units_that_spill(self) -> set[int]:
+        """Units that may spill: all, or those within the limit that take longest to recompute for their bytes."""
+        if not self._techniques.spill or self._rates.write is None or self._rates.read is None:
+            return set()
+        every = {index for index in range(self._count) if self._spillable(index)}
+        limit = self._rates.limit
+        if limit is None:
+            return every
+
+        def worth(index: int) -> tuple[float, int]:
+            seconds = sum(op.replay for op in self._tape.ops[self._cuts[index] : self._cuts[index + 1]])
+            return seconds / max(self._bytes(self._spillable(index)), 1), -index
+
+        chosen: set[int] = set()
+        spilled: frozenset[int] = frozenset()
+        for index in sorted(every, key=worth, reverse=True):
+            together = spilled | self._spillable(index)
+            if self._bytes(together) <= limit:
+                chosen.add(index)
+                spilled = together
+        return chosen
 
     def _unsafe_unit(self, index: int) -> bool:
         start, stop = self._cuts[index], self._cuts[index + 1]
@@ -311,13 +399,11 @@ class _Builder:
 
     def _add_spilled(self, index: int, saved: frozenset[int], meanings: list[UnitOption], costs: list[Option]) -> None:
         assert self._rates.write is not None and self._rates.read is not None
-        spilled = frozenset(number for number in saved if self._tape.storages[number].nbytes >= _SMALLEST_SPILL)
-        if not spilled:
-            return
+        spilled = self._spillable(index)
         # What an earlier unit saved as well is on storage already.
         moved = self._bytes({number for number in spilled if self._first_saver[number] == index})
         plain = self._kept("spill", index, saved, {})
-        exposed = 1 - self._rates.overlap
+        forward, _, backward = self._seconds(index)
         outputs = self._boundaries[index + 1] - self._boundaries[index]
         unwritten = saved - spilled - self._boundaries[index]
         meanings.append(UnitOption("spill", spilled=spilled))
@@ -327,8 +413,8 @@ class _Builder:
                 held=self._bytes(outputs | unwritten),
                 forward_peak=plain.forward_peak,
                 backward_peak=plain.backward_peak,
-                forward_extra=moved * self._rates.write * exposed,
-                backward_extra=moved * self._rates.read * exposed,
+                forward_extra=self._rates.exposed(moved * self._rates.write, forward),
+                backward_extra=self._rates.exposed(moved * self._rates.read, backward),
                 spilled=max(moved, 1),
             )
         )

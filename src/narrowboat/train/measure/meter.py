@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowboat.train.measure.calls import Call, call_of
+from narrowboat.train.measure.clock import HOST, Clock
 from narrowboat.train.tape.facts import OpFacts, facts_of
 from narrowboat.train.tape.leaves import is_fake, plain, tensors_in, written_tensors
 from narrowboat.train.tape.renormal import lasting_results, renormalised
@@ -51,10 +52,12 @@ class Meter(TorchDispatchMode):
         model: whose modules' names are noted with the operators; None for no names.
         keep: whether autograd's saved tensors are kept (a backward pass follows) or forgotten at once, which shows
             how long storages live when nothing is saved.
+        clock: of what runs the operators.
     """
 
-    def __init__(self, model: nn.Module | None, *, keep: bool) -> None:
+    def __init__(self, model: nn.Module | None, *, keep: bool, clock: Clock = HOST) -> None:
         super().__init__()
+        self._clock = clock
         self._names = {id(module): name for name, module in model.named_modules()} if model is not None else {}
         self._keep = keep
         self._numbers = StorageNumbers(self._died)
@@ -65,14 +68,13 @@ class Meter(TorchDispatchMode):
         self._storages: list[TapeStorage] = []
         self._outside_changed: set[int] = set()
         self._sizes: dict[int, int] = {}  # of storages made in the backward pass that are alive
-        self._changes: list[tuple[str, int, int, int, float]] = []
+        self._changes: list[tuple[str, int, int, int, Any]] = []  # with marks of the clock
+        self._spans: list[tuple[Any, Any]] = []  # marks around each operator of the forward pass
         self._calls: dict[int, Call | None] = {}  # that made storages in the backward pass, by the first of them
-        self._began = 0.0
         self._gradients: set[int] = set()
-        self._forward_began = time.perf_counter()
         self._aside = 0.0  # seconds of trying replays
-        self.forward_seconds = 0.0
-        self.backward_seconds = 0.0
+        self._forward_span: tuple[Any, Any] | None = None
+        self._backward_span: tuple[Any, Any] | None = None
 
     # -- the two passes ------------------------------------------------------------------------------------------
 
@@ -81,25 +83,26 @@ class Meter(TorchDispatchMode):
         """The forward pass goes on inside."""
         before = nn.modules.module.register_module_forward_pre_hook(self._enter_module)
         after = nn.modules.module.register_module_forward_hook(self._leave_module)
-        self._forward_began = time.perf_counter()
+        began = self._clock.mark()
         try:
             with saved_tensors_hooks(self._pack, self._unpack), self:
                 yield
         finally:
             before.remove()
             after.remove()
-            self.forward_seconds = time.perf_counter() - self._forward_began - self._aside
+            self._forward_span = began, self._clock.mark()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """The backward pass goes on inside."""
         self._forward = False
-        self._began = time.perf_counter()
+        began = self._clock.mark()
+        self._backward_span = began, began
         try:
             with self:
                 yield
         finally:
-            self.backward_seconds = time.perf_counter() - self._began
+            self._backward_span = began, self._clock.mark()
 
     def take_gradients(self, parameters: list[nn.Parameter]) -> None:
         """After the backward pass: these parameters' gradients are not temporaries of it."""
@@ -123,9 +126,9 @@ class Meter(TorchDispatchMode):
         facts = facts_of(func)
         if facts.view:
             return func(*args, **kwargs)
-        start = time.perf_counter()
+        start = self._clock.mark()
         out = func(*args, **kwargs)
-        seconds = time.perf_counter() - start
+        span = start, self._clock.mark()
         if not self._forward:
             self._note_backward(func, args, kwargs, out)
             return out
@@ -155,6 +158,7 @@ class Meter(TorchDispatchMode):
             if facts.name in ("aten::bernoulli_", "aten::native_dropout"):
                 self._storages[number].shrinks = max(self._storages[number].nbytes // 32, 1)
         self._outside_changed.update(outside_changed)
+        self._spans.append(span)
         self._ops.append(
             TapeOp(
                 index=index,
@@ -167,7 +171,6 @@ class Meter(TorchDispatchMode):
                 changed=changed,
                 outside=tuple(outside),
                 outside_changed=outside_changed,
-                seconds=seconds,
                 call=call_of(func, args, kwargs, sum(self._storages[n].nbytes for n in created))
                 if self._keep
                 else None,
@@ -214,7 +217,7 @@ class Meter(TorchDispatchMode):
                 if first:
                     self._calls[number] = call_of(func, args, kwargs, storage.nbytes())
                 first = False
-                self._changes.append(("born", number, 0, storage.nbytes(), time.perf_counter() - self._began))
+                self._changes.append(("born", number, 0, storage.nbytes(), self._clock.mark()))
 
     def _died(self, number: int) -> None:
         if self._off or number < 0:
@@ -224,12 +227,12 @@ class Meter(TorchDispatchMode):
                 self._storages[number].dies = len(self._ops)
         elif number in self._sizes:
             size = self._sizes.pop(number)
-            self._changes.append(("died", number, 0, size, time.perf_counter() - self._began))
+            self._changes.append(("died", number, 0, size, self._clock.mark()))
 
     def note(self, kind: str, number: int, saved_at: int) -> None:
         """A saved tensor was asked for, or let go."""
         if not self._forward and not self._off:
-            self._changes.append((kind, number, saved_at, 0, time.perf_counter() - self._began))
+            self._changes.append((kind, number, saved_at, 0, self._clock.mark()))
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if not plain(tensor):
@@ -260,7 +263,11 @@ class Meter(TorchDispatchMode):
         """The pass as numbers."""
         events: list[BackwardEvent] = []
         live = grown = 0
-        for kind, number, saved_at, size, seconds in self._changes:
+        for op, span in zip(self._ops, self._spans, strict=True):
+            op.seconds = self._clock.seconds(*span)
+        for kind, number, saved_at, size, mark in self._changes:
+            assert self._backward_span is not None
+            seconds = self._clock.seconds(self._backward_span[0], mark)
             if kind in ("born", "died"):
                 if number in self._gradients:
                     grown += size  # what it was summed from may still be there
@@ -276,9 +283,12 @@ class Meter(TorchDispatchMode):
             backward=events,
             batch=batch,
             outside_changed=frozenset(self._outside_changed),
-            forward_seconds=self.forward_seconds,
-            backward_seconds=self.backward_seconds,
+            forward_seconds=self._took(self._forward_span) - self._aside,
+            backward_seconds=self._took(self._backward_span),
         )
+
+    def _took(self, span: tuple[Any, Any] | None) -> float:
+        return self._clock.seconds(*span) if span is not None else 0.0
 
 
 def _shrinks(tensor: torch.Tensor, nbytes: int, args: tuple[Any, ...]) -> int:
@@ -300,6 +310,7 @@ def walk(
     batch: int,
     *,
     backward: bool = True,
+    clock: Clock = HOST,
 ) -> Tape:
     """Write down a pass.
 
@@ -309,6 +320,7 @@ def walk(
         parameters: those that get gradients; their ``grad`` is None before and after.
         batch: samples in the pass.
         backward: whether a backward pass is run and written down too.
+        clock: of what runs the operators.
 
     Returns:
         The tape: lives of storages as they are when autograd keeps nothing, savings, and the backward pass.
@@ -321,7 +333,7 @@ def walk(
     natural = meter.tape(batch)
     if not backward:
         return natural
-    meter = Meter(model, keep=True)
+    meter = Meter(model, keep=True, clock=clock)
     try:
         with meter.forward():
             value = loss()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from narrowboat.train.measure.clock import HOST, Clock
 from narrowboat.train.measure.meter import walk
 from narrowboat.train.micro_batch import batch_size, copied, rows
 from narrowboat.train.random_state import RandomState
@@ -40,11 +40,13 @@ def real_walk(
     batch: int,
     *,
     repeat: int = 1,
+    clock: Clock = HOST,
 ) -> Tape:
     """Write down a training pass over the first ``batch`` samples, with durations of plain passes; nothing changes.
 
     Args:
         repeat: passes before the one that is written down, to warm up kernels and allocator.
+        clock: of what runs the operators.
 
     Raises:
         Exception: whatever the model or the loss raises.
@@ -55,7 +57,7 @@ def real_walk(
     with untouched(model):
         plain = []
         for _ in range(repeat + 1):
-            plain.append(_timed(forward, copied(some_inputs), copied(some_targets)))
+            plain.append(_timed(forward, copied(some_inputs), copied(some_targets), clock))
             for parameter in parameters:
                 parameter.grad = None
         random, attributes = RandomState(), Attributes(model.modules())
@@ -68,16 +70,19 @@ def real_walk(
             attributes.restore()
             return forward(*copies.pop())
 
-        tape = walk(model, loss, parameters, batch)
+        tape = walk(model, loss, parameters, batch, clock=clock)
     return _with_plain_times(tape, *min(plain, key=sum))
 
 
-def _timed(forward: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> tuple[float, float]:
-    start = time.perf_counter()
+def _timed(
+    forward: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any, clock: Clock
+) -> tuple[float, float]:
+    start = clock.mark()
     loss = forward(inputs, targets)
-    between = time.perf_counter()
+    between = clock.mark()
     loss.backward()
-    return between - start, time.perf_counter() - between
+    end = clock.mark()
+    return clock.seconds(start, between), clock.seconds(between, end)
 
 
 def _with_plain_times(tape: Tape, forward: float, backward: float) -> Tape:

@@ -15,6 +15,7 @@ from narrowboat.errors import NarrowboatError
 from narrowboat.machine.data_limit import is_out_of_memory
 from narrowboat.machine.malloc import trim
 from narrowboat.train.failures import failure_of
+from narrowboat.train.measure.clock import HOST, Clock
 from narrowboat.train.measure.fake import fake_walk
 from narrowboat.train.measure.fit import alike, at_batch, with_times
 from narrowboat.train.measure.kernels import Kernels
@@ -32,6 +33,11 @@ _SECONDS_PER_BYTE = {Kind.MAP: 2e-10, Kind.REDUCE: 3e-10, Kind.OTHER: 5e-10, Kin
 _TIMED = (2, 8)  # samples of the two passes that are timed
 
 
+def tidy_heap() -> None:
+    """Of the host: give back what freed tensors left."""
+    trim(refill=False)
+
+
 @dataclass(slots=True)
 class Study:
     """The measured passes of one model, loss and kind of batch.
@@ -42,6 +48,8 @@ class Study:
         source: "fake tensors", or why real samples were used.
         fixed: seconds of a pass that do not depend on the number of samples, and ``per_sample``: those that do.
         timed: whether durations were measured.
+        clock: of what runs the passes.
+        tidy: gives back what freed tensors left, between things that are tried.
     """
 
     batch: int
@@ -51,6 +59,8 @@ class Study:
     fixed: float = 0.0
     per_sample: float = 0.0
     timed: bool = False
+    clock: Clock = HOST
+    tidy: Callable[[], None] = tidy_heap
     _resize: Callable[[int], Tape] | None = None
     _times: Tape | None = None
     _kernels: Kernels = field(default_factory=Kernels)
@@ -94,9 +104,9 @@ class Study:
         """Run real passes over so many samples, and take their durations."""
         walks = []
         for size in sizes:
-            trim(refill=False)  # what was tried before left its holes
+            self.tidy()  # what was tried before left its holes
             try:
-                walks.append(real_walk(model, forward, inputs, targets, size))
+                walks.append(real_walk(model, forward, inputs, targets, size, clock=self.clock))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -113,14 +123,29 @@ class Study:
         self._times, self.timed = last, True
 
 
-def study(model: nn.Module, forward: Forward, inputs: Any, targets: Any) -> Study:
+def study(
+    model: nn.Module,
+    forward: Forward,
+    inputs: Any,
+    targets: Any,
+    *,
+    clock: Clock = HOST,
+    tidy: Callable[[], None] = tidy_heap,
+) -> Study:
     """Measure a pass without computing it; on a few real samples where fake tensors cannot go.
 
     Args:
         model: stays as it is.
         forward: gives the loss (a scalar with a graph) of inputs and targets.
         inputs, targets: one batch.
+        clock, tidy: see ``Study``.
     """
+    made = _studied(model, forward, inputs, targets, clock)
+    made.clock, made.tidy = clock, tidy
+    return made
+
+
+def _studied(model: nn.Module, forward: Forward, inputs: Any, targets: Any, clock: Clock) -> Study:
     batch = batch_size(inputs, targets)
     try:
         # What grows with the square of the samples lies below the line between the two, so it is never underestimated.
@@ -146,18 +171,18 @@ def study(model: nn.Module, forward: Forward, inputs: Any, targets: Any) -> Stud
         log.info("no pass on fake tensors (%s); measuring on real samples", reason)
     sizes = (2, 4) if batch >= 4 else (batch, batch)
     try:
-        small = real_walk(model, forward, inputs, targets, sizes[0])
+        small = real_walk(model, forward, inputs, targets, sizes[0], clock=clock)
     except NarrowboatError:
         raise
     except Exception as error:
         raise failure_of(error, f"tried on {sizes[0]} of its {batch} samples" if sizes[0] < batch else "") from error
-    large = real_walk(model, forward, inputs, targets, sizes[1]) if sizes[1] != sizes[0] else small
+    large = real_walk(model, forward, inputs, targets, sizes[1], clock=clock) if sizes[1] != sizes[0] else small
     made = Study(
         max(batch, 1),
         small,
         large,
         f"real samples ({reason})",
-        _resize=lambda count: real_walk(model, forward, inputs, targets, count),
+        _resize=lambda count: real_walk(model, forward, inputs, targets, count, clock=clock),
     )
     return _with_guesses(made)
 

@@ -168,9 +168,6 @@ class TapeRun(TorchDispatchMode):
         if not self._follows(at, facts.name, len(created), read):
             return out
         self._at = at + 1
-        if self._spill_at and self._pool is not None:
-            for frame in self._spill_at.get(at + 1, ()):
-                frame.spill(self._pool, self._places)
         if encoded is not None:
             encoded.created = tuple(created)
             if at in self._plan.lasting:
@@ -179,6 +176,9 @@ class TapeRun(TorchDispatchMode):
         for place, number in created:
             for index in self._plan.captures.get(number, ()):
                 self._open[index].hold(number, results[place].untyped_storage())
+        if self._spill_at and self._pool is not None:
+            for frame in self._spill_at.get(at + 1, ()):
+                frame.spill(self._pool, self._places)  # what was just made included
         return out
 
     def _created(self, results: tuple[torch.Tensor, ...], args: Any, kwargs: Any) -> list[tuple[int, int]]:

@@ -20,10 +20,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_text_and_its_cost_are_those_of_plain_transformers(narrowboat: Any, folder: Path) -> None:
+ON_DEVICE = ("--device", "emulated:64MiB:2GB", "--host-budget", "8MiB")
+
+
+@pytest.mark.parametrize("where", [(), ON_DEVICE], ids=["processor", "device"])
+def test_text_and_its_cost_are_those_of_plain_transformers(
+    narrowboat: Any, folder: Path, where: tuple[str, ...]
+) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    given = ("--prompt", "the quick", "--budget", "40MiB", "--new-tokens", "9", "--json")
+    given = ("--prompt", "the quick", "--budget", "40MiB", "--new-tokens", "9", "--json", *where)
     finished = narrowboat("generate", folder, *given)
     assert finished.code == 0, finished.err
     told = finished.json()

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from narrowboat.cli.budget import resolve_budget
+from narrowboat.cli.budget import device_budget
+from narrowboat.cli.options import DeviceOption, HostBudgetOption
 from narrowboat.cli.output import print_facts, print_json
 from narrowboat.quantities import format_bytes, format_seconds
 
@@ -20,6 +21,8 @@ def generate(
     budget: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Such as 2GiB. Without it: 80 % of the available memory.")
     ] = None,
+    device: DeviceOption = "cpu",
+    host_budget: HostBudgetOption = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="At most so many.")] = 64,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Reserve the cache for so many; the prompt and --new-tokens without it.")
@@ -34,7 +37,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Stream the model in FOLDER from storage and print its text as it comes, then what each token took."""
-    bytes_allowed = resolve_budget(budget)
+    bytes_allowed = device_budget(budget, host_budget, device)
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature}
@@ -47,6 +50,7 @@ def generate(
         folder,
         prompt,
         budget=bytes_allowed,
+        device=device,
         new_tokens=new_tokens,
         max_tokens=max_tokens,
         trust_remote_code=trust_remote_code,
@@ -57,6 +61,7 @@ def generate(
         print_json({"folder": folder, "prompt": prompt, **dataclasses.asdict(report)})
         return
     _tell("\n")
+    of_what = "over the process baseline" if device == "cpu" else f"of {device}"
     speed = f"{report.tokens_per_s:.2f} tokens/s" if report.tokens_per_s else "one token"
     bound = f"{report.bound_tokens_per_s:.2f} tokens/s" if report.bound_tokens_per_s else "any speed: nothing is read"
     print_facts(
@@ -67,7 +72,7 @@ def generate(
             "speed": f"{speed}; storage allows {bound}",
             "read per token": f"{format_bytes(int(report.bytes_per_token))} "
             f"at {report.bandwidth_bytes_per_s / 1e9:.2f} GB/s",
-            "peak memory": f"{format_bytes(report.peak_bytes)} over the process baseline, of "
+            "peak memory": f"{format_bytes(report.peak_bytes)} {of_what}, of "
             f"{format_bytes(report.budget_bytes)} (smallest possible: {format_bytes(report.min_budget_bytes)})",
             "key-value cache": f"{format_bytes(report.cache_bytes)} reserved",
         },

@@ -15,6 +15,7 @@ from narrowboat.errors import ModelError, ReservationError, UsageError
 from narrowboat.profile.pretrained import check_folder
 from narrowboat.stream.api import session
 from narrowboat.stream.pretrained import stream_pretrained
+from narrowboat.stream.tiers import Budget
 
 _TOLD = 300  # characters of somebody else's message
 
@@ -83,9 +84,10 @@ def generate_text(
     folder: str | Path,
     prompt: str,
     *,
-    budget: int | str,
+    budget: Budget,
     new_tokens: int,
     max_tokens: int | None = None,
+    device: str = "cpu",
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda text: None,
     **options: Any,
@@ -97,6 +99,7 @@ def generate_text(
         prompt: text.
         budget: as for ``nb.stream``.
         new_tokens: at most so many.
+        device: as for ``nb.stream``.
         max_tokens: reserved in the budget; None reserves what the prompt and ``new_tokens`` need.
         trust_remote_code: run the Python files of the folder.
         tell: called with each piece of text as it comes.
@@ -120,12 +123,17 @@ def generate_text(
         )
     begun = time.perf_counter()
     model: Any = stream_pretrained(
-        folder, budget=budget, max_tokens=max_tokens or needed, trust_remote_code=trust_remote_code
+        folder,
+        budget=budget,
+        max_tokens=max_tokens or needed,
+        trust_remote_code=trust_remote_code,
+        device=device,
     )
     with session(model) as handle:
         if not hasattr(model, "generate"):
             raise ModelError(f"{type(model).__name__} does not generate text")
         told = _Told(tokenizer, tell)
+        given = given.to(handle.ground.torch_device)
         with torch.inference_mode():
             model.generate(
                 given["input_ids"],

@@ -14,6 +14,7 @@ from torch import nn
 from narrowboat.errors import ReservationError, UsageError
 from narrowboat.profile.pretrained import Pretrained, first_input, open_pretrained, positions
 from narrowboat.stream.api import stream
+from narrowboat.stream.tiers import Budget
 
 _DEFAULT_TOKENS = 1024
 
@@ -21,7 +22,7 @@ _DEFAULT_TOKENS = 1024
 def stream_pretrained(
     folder: str | Path,
     *,
-    budget: int | str,
+    budget: Budget,
     max_tokens: int | None = None,
     example: tuple[Any, ...] | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -40,7 +41,7 @@ def stream_pretrained(
             None: 1,024, or the model's positions if those are fewer.
         example: inputs of one pass, where the model takes neither token numbers nor pixels.
         trust_remote_code: run the Python files that the folder brings.
-        options: as for ``nb.stream``: ``io``, ``lock_memory``, ``scheme``, ``objective``.
+        options: as for ``nb.stream``: ``device``, ``io``, ``lock_memory``, ``scheme``, ``objective``.
 
     Raises:
         ModelError: see ``profile.pretrained.open_pretrained``.

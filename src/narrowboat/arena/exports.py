@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a collection inside may end a slab, which forgets its addresses
 _ranges: dict[int, tuple[int, int]] = {}  # ticket -> addresses of every open arena
 _tickets = itertools.count(1)
 _numpy = torch.Tensor.numpy

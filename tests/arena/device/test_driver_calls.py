@@ -115,7 +115,8 @@ def test_giving_back_to_a_lost_device_is_silent(fake: SimpleNamespace) -> None:
 def test_a_slab_on_a_device_that_was_lost_can_be_closed(
     fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slab = DeviceSlab(fake.device, CHUNK, populate=True)
+    slab, in_place = DeviceSlab(fake.device, CHUNK, populate=True), InPlaceSlab(fake.device, 4096)
+    mirror = Mirror(slab, CHUNK)
 
     def lost(index: int) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
@@ -123,8 +124,10 @@ def test_a_slab_on_a_device_that_was_lost_can_be_closed(
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(DeviceLostError):
         slab.release([(0, CHUNK)])
+    mirror.close()
     slab.close()
-    assert (slab.address, slab.mapped_bytes) == (0, 0)
+    in_place.close()
+    assert (slab.address, slab.mapped_bytes, fake.device.pinned_bytes) == (0, 0, 0)
 
 
 def test_a_slab_that_runs_out_of_memory_in_the_middle_gives_back_what_it_got(fake: SimpleNamespace) -> None:

@@ -233,8 +233,12 @@ def two_threads(draw: st.DrawFn) -> Program:
 
 COPY_THEN_KERNEL: Program = ((("give", 0, "write", 0), ("record", 0), ("give", 1, "read", 0)),)
 IN_ORDER: Program = (
-    (("give", 0, "write", 0), ("record", 0), ("stream waits", 1, (0, 0)), ("give", 1, "read", 0), ("record", 1))
-    + (
+    (
+        ("give", 0, "write", 0),
+        ("record", 0),
+        ("stream waits", 1, (0, 0)),
+        ("give", 1, "read", 0),
+        ("record", 1),
         ("stream waits", 0, (0, 1)),
         ("give", 0, "write", 0),
         ("record", 0),
@@ -242,11 +246,14 @@ IN_ORDER: Program = (
         ("use", "read", 2),
     ),
 )
-
-
 KNOWN_BEFORE_BUT_NOT_NOW: Program = (
-    (("give", 0, "write", 0), ("record", 0), ("stream waits", 1, (0, 0)), ("give", 0, "write", 0))
-    + (("give", 1, "read", 0),),
+    (
+        ("give", 0, "write", 0),
+        ("record", 0),
+        ("stream waits", 1, (0, 0)),
+        ("give", 0, "write", 0),
+        ("give", 1, "read", 0),
+    ),
 )
 
 
@@ -272,7 +279,7 @@ def every_program(length: int) -> Iterator[Program]:
     return longer((), 0)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_every_small_program(length: int) -> None:
     wrong = 0
     with pytest.MonkeyPatch.context() as patch:

@@ -30,6 +30,7 @@ from narrowboat.arena.slab import Slab
 from narrowboat.errors import DeviceMemoryError, DeviceOrderError, PinnedMemoryError, UsageError
 from narrowboat.quantities import format_bytes
 
+GRANULARITY = 64 << 10  # bytes
 _NORESERVE = 0x4000
 _SPOILED = 0xFF  # a NaN in every float format
 _PIECE = 1 << 20  # bytes that are copied between two looks at the clock
@@ -58,7 +59,7 @@ class EmulatedDevice:
         capacity: int = 1 << 30,
         *,
         bandwidth: float | None = None,
-        granularity: int = 64 << 10,
+        granularity: int = GRANULARITY,
         unified: bool = False,
         pinnable: int | None = None,
         jitter: int | None = None,

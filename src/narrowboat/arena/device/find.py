@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 
 from narrowboat.arena.device.cuda import CudaDevice
-from narrowboat.arena.device.emulated import EmulatedDevice
+from narrowboat.arena.device.emulated import GRANULARITY, EmulatedDevice
 from narrowboat.arena.device.interface import Device
 from narrowboat.errors import NoDeviceError, UsageError
 from narrowboat.machine.cuda import cuda_support
-from narrowboat.quantities import parse_bytes
+from narrowboat.machine.device_name import parse_device
 
 _opened: dict[int, CudaDevice] = {}
 _lock = threading.Lock()
@@ -23,8 +23,8 @@ def open_device(spec: Any) -> Device:
 
     Args:
         spec: ``"cuda"`` (the current one), ``"cuda:1"``, a ``torch.device``, or an object that is a ``Device``. For
-            trying things out without a GPU, ``"emulated:CAPACITY"`` or ``"emulated:CAPACITY:BANDWIDTH"``, in bytes
-            and bytes per second: ``"emulated:6GiB:12GB"``; a new one each time.
+            trying things out without a GPU, ``"emulated:CAPACITY"``, ``"emulated:CAPACITY:BANDWIDTH"`` or with the
+            size of its chunks besides, in bytes and bytes per second: ``"emulated:6GiB:12GB"``; a new one each time.
 
     Raises:
         NoDeviceError: there is none such, and why.
@@ -53,8 +53,9 @@ def open_device(spec: Any) -> Device:
 
 
 def _emulated(spec: str) -> Device:
-    words = spec.split(":")
-    if not 2 <= len(words) <= 3:
-        raise UsageError(f"device {spec!r}: write emulated:CAPACITY:BANDWIDTH, as in emulated:6GiB:12GB")
-    sizes = [parse_bytes(word, what=f"device {spec!r}") for word in words[1:]]
-    return EmulatedDevice(sizes[0], bandwidth=float(sizes[1]) if len(sizes) > 1 else None)
+    try:
+        choice = parse_device(spec)
+    except ValueError as error:
+        raise UsageError(f"device {error}") from error
+    bandwidth = float(choice.bandwidth) if choice.bandwidth is not None else None
+    return EmulatedDevice(choice.capacity, bandwidth=bandwidth, granularity=choice.granularity or GRANULARITY)

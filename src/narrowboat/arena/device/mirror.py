@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from narrowboat.arena.device.interface import Event
 from narrowboat.arena.device.slab import DeviceSlab
 from narrowboat.arena.slab import Slab
-from narrowboat.errors import DeviceMemoryError, DigestError, UsageError
+from narrowboat.errors import DeviceLostError, DeviceMemoryError, DigestError, UsageError
 from narrowboat.quantities import format_bytes
 
 _STEP = 32 << 20  # bytes that are mapped or given back while the next are copied
@@ -268,11 +268,10 @@ class Mirror:
             if self._open:
                 self._open = False
                 self.device.take_over(self._known)
-                try:
+                with contextlib.suppress(DeviceLostError):
                     self.device.synchronize()  # not the stream alone: a finalizer may find it gone
-                finally:
-                    self.device.unpin(self.host)
-                    self.host.close()
+                self.device.unpin(self.host)
+                self.host.close()
 
     def __del__(self) -> None:
         if self.__dict__.get("_open"):

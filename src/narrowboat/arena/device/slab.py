@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import torch
@@ -247,7 +248,8 @@ class InPlaceSlab(Slab):
     def close(self) -> None:
         """See ``Slab``; what the device still does with it is waited for."""
         if "_map" in self.__dict__:
-            self.device.synchronize()
+            with contextlib.suppress(DeviceLostError):
+                self.device.synchronize()
             self.device.unpin(self)
             super().close()
 

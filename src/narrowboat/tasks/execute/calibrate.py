@@ -44,6 +44,8 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     """
     settings, folder = tasks_from(request["settings"]), Path(request["folder"])
     loaded = Loaded(settings, folder, lambda said: pipe.tell("progress", said=said))
+    if not request.get("cached_only"):  # else those that run hold it
+        loaded.ground.check(settings.budget)
     costs: dict[str, dict[str, Any]] = {}
     for name, model in loaded.of.items():
         digest = loaded.digests[name]
@@ -58,6 +60,7 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
             )
         if kept is None:
             pipe.tell("progress", said=f"measuring {name}")
+            loaded.ground.prepare(model)
             kept = {"format": FORMAT, "digest": digest, **_measure(model, loaded.ground, settings.calibration / 1e6)}
             try:
                 write_durably(path, json.dumps(kept))

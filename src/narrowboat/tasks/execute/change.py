@@ -73,6 +73,9 @@ class Changer:
             if told["prepare_bytes"]:
                 self._make_room(before.pool_bytes - told["prepare_bytes"])
             models = self._loaded.open(settings, told["mirrors"])
+            self._loaded.ground.check(settings.budget)
+            for model in models.values():
+                self._loaded.ground.prepare(model)
             after = arrangement_of(told, models, self._loaded.folder, before)
             fresh = {task.facts.name for task in after.tasks if task.model not in before.placements}
             if fresh:

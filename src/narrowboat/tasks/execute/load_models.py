@@ -45,7 +45,8 @@ class Loaded:
         tell: Callable[[str], None],
         mirrors: Mirrors | None = None,
     ) -> None:
-        torch.set_num_threads(1)
+        if not settings.device.startswith("cuda"):
+            torch.set_num_threads(1)
         warm_up()
         warm_up_tracer()
         warm_up_stand_ins()
@@ -83,8 +84,8 @@ class Loaded:
                     self._known[key] = _open(task, self.folder, self.ground)
                 found[task.name] = self._known[key]
             if isinstance(self.ground, DeviceGround):
-                self.host_budget = self.ground.mirror(found, mirrors)
-                self._tell(f"{format_bytes(self.ground.pinned_bytes)} of host memory are pinned")
+                self.host_budget = self.ground.plan_mirrors(found, mirrors)
+                self._tell(f"host memory for weights: {format_bytes(self.host_budget)}")
         except NarrowboatError:
             for key in set(self._known) - before:
                 self._known.pop(key).close()

@@ -43,6 +43,9 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
     loaded = Loaded(settings, folder, lambda said: pipe.tell("progress", said=said), request["mirrors"])
     ground = loaded.ground
     space = SwapSpace(ground.pool(request["pool_bytes"]))
+    ground.check(settings.budget)
+    for model in loaded.of.values():
+        ground.prepare(model)
     first = arrangement_of(request, loaded.of, folder)
     first.put_in_force(space)
     executor = Executor(
@@ -55,11 +58,11 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
         load_core=settings.load_core,
         on_tick=_watched_from_aside(pipe),
     )
+    ground.limit(first.budget, first.pool_bytes)
     pipe.tell("progress", said="warming up")
     _warm_up(first, space, ground)
     if ground.device is None:
         ground.clear()  # a device's allocator keeps what it has: taking it anew would hold jobs up
-    ground.limit(first.budget, first.pool_bytes)
     ground.reset_peak()
     executor.account.record.setup = first.setup
     Listener(executor, first, loaded, pipe).start()

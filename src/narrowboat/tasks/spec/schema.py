@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from narrowboat.errors import QuantityError
+from narrowboat.machine.device_name import parse_device
 from narrowboat.quantities import parse_bytes, parse_seconds
-from narrowboat.tasks.spec.device import parse_device
 
 MICROSECONDS = 1_000_000
 _LONGEST = 366 * 86_400  # seconds

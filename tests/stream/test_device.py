@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import random
+import signal
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +324,128 @@ def test_a_forgotten_session_gives_everything_back(kit: DeviceKit) -> None:
 # -- refusals ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("budget", "error", "says"),
+    [
+        ("1GiB", DeviceMemoryError, "has free"),
+        ("auto", UsageError, "follows the host's memory"),
+        ({"emulated": "6MiB", "cpu": "2MiB"}, UsageError, "fixed when streaming begins"),
+        ({"cuda": "6MiB"}, UsageError, "'cuda', which is no memory"),
+        ("x", QuantityError, "budget"),
+    ],
+)
+def test_a_sessions_new_budget_is_refused_as_its_first_would_be(
+    kit: DeviceKit, budget: Any, error: type[Exception], says: str
+) -> None:
+    model = kit.stream(kit.device())
+    before = session_of(model).budget
+    with pytest.raises(error, match=says):
+        session_of(model).budget = budget
+    assert session_of(model).budget == before
+    session_of(model).budget = {"emulated": "6MiB"}
+    assert session_of(model).budget == 6 << 20
+    assert kit.right(model)
+
+
+def test_no_more_host_memory_is_pinned_than_is_of_use(kit: DeviceKit) -> None:
+    device = kit.device()
+    model = kit.stream(device, budget="16MiB", host="8GiB")
+    assert device.pinned_bytes < 32 << 20
+    assert kit.right(model)
+
+
+def test_without_a_number_for_the_host_less_is_pinned_where_the_system_gives_less(kit: DeviceKit) -> None:
+    device = kit.device(pinnable=4 << 20)
+    model = kit.stream(device)
+    assert device.pinned_bytes <= 4 << 20
+    with watched(device):
+        assert kit.right(model, 4)
+
+
+@pytest.mark.parametrize("what", ["map", "unmap", "reserve", "unreserve"])
+def test_ctrl_c_in_the_middle_of_a_change_of_budget_costs_neither_bits_nor_memory(
+    kit: DeviceKit, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    device = kit.device()
+    free = device.memory()[0]
+    model = kit.stream(device)
+    assert kit.right(model, 3)
+    session = session_of(model)
+    done = getattr(device, what)
+    struck: list[bool] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        result = done(*arguments)
+        if not struck:
+            struck.append(True)
+            signal.raise_signal(signal.SIGINT)  # the main thread hears of it; this one goes on
+        return result
+
+    monkeypatch.setattr(device, what, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.budget = "8MiB"
+        time.sleep(1)
+    monkeypatch.undo()
+    assert struck
+    with watched(device):
+        assert kit.right(model, 4)
+    session.budget = kit.least(device)
+    assert kit.right(model, 2)
+    session.close()
+    assert device.memory()[0] == free
+
+
+def test_after_ctrl_c_at_any_moment_the_next_pass_is_right(tmp_path: Path, tiny_blocks: None) -> None:
+    kit = DeviceKit(tmp_path)
+    chance = random.Random(5)
+    for unified in (True, False):
+        device = kit.device(unified=unified)
+        free = device.memory()[0]
+        model = kit.stream(device, budget=kit.least(device) + 50_000)
+        assert kit.right(model, 3)
+        for _ in range(12):
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 8e-3))
+            try:
+                with torch.inference_mode():
+                    for _ in range(50):
+                        model(kit.x)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            with watched(device):
+                assert kit.right(model, 2)
+        session_of(model).close()
+        assert device.memory()[0] == free
+
+
+def test_a_forked_child_is_told_and_does_not_hang(kit: DeviceKit) -> None:
+    model = kit.stream(kit.device())
+    assert kit.right(model, 2)
+    child = os.fork()
+    if child == 0:
+        try:
+            session_of(model).close()
+            again = nb.stream(kit.make, kit.path, budget="8MiB", device="emulated:64MiB", example=(kit.x,)).eval()
+            os._exit(0 if kit.right(again, 2) else 3)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(4)
+    for _ in range(300):
+        gone, status = os.waitpid(child, os.WNOHANG)
+        if gone:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert kit.right(model, 2)
+
+
 def test_a_budget_above_the_devices_free_memory_is_refused(kit: DeviceKit) -> None:
     device = kit.device(capacity=5 << 20)
     with pytest.raises(DeviceMemoryError, match=r"budget 6\.00 MiB is above the 5\.00 MiB that emulated has free"):
@@ -336,13 +461,19 @@ def test_pinning_refused_leaves_nothing_behind(kit: DeviceKit) -> None:
     assert device.memory() == free
 
 
-def test_memory_taken_by_another_process_is_named_and_the_session_goes_on_later(kit: DeviceKit) -> None:
+def test_memory_taken_by_another_process_is_named_and_the_session_goes_on_later(
+    kit: DeviceKit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = kit.device(capacity=6 << 20)
     least = kit.least(device)
     model = kit.stream(device, budget=least)
     assert kit.right(model, 3)
     session = session_of(model)
     device.take(taken := device.memory()[0] - 8192)
+    with pytest.raises(DeviceMemoryError, match="has free"):
+        session.budget = "6MiB"
+    assert kit.right(model, 2)
+    monkeypatch.setattr("narrowboat.stream.session.new_budget", lambda value, *_: value)  # it goes after that look
     with pytest.raises(DeviceMemoryError, match="cannot be had"):
         session.budget = least + 400_000
     device.take(more := device.memory()[0])

@@ -26,6 +26,8 @@ def device_budget(budget: str | None, host: str | None, device: str) -> int | di
         return resolve_budget(budget)
     if budget is None:
         raise UsageError(f"give --budget: how many bytes of the memory of {device}")
+    if budget == "auto":
+        raise UsageError(f"--budget auto follows the host's memory: give bytes of the memory of {device}")
     own = parse_bytes(budget)
     kind = device.partition(":")[0] if device.startswith("emulated") else device
     return own if host is None else {kind: own, "cpu": parse_bytes(host, what="host budget")}

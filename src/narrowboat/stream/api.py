@@ -180,7 +180,7 @@ def _ground(device: Device, prepared: Prepared, nbytes: int, for_host: int | Non
     check_free(device, nbytes)
     useful = sum(group.block.nbytes for group in prepared.workload()[1])
     useful += 2 * prepared.storage.staging_bytes
-    return DeviceGround(device, host_bytes(for_host, useful))
+    return DeviceGround(device, host_bytes(for_host, useful), asked=for_host is not None)
 
 
 def _offload(module: nn.Module, folder: str | Path | None) -> tuple[Path, Callable[[], None]]:

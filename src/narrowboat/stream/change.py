@@ -32,6 +32,20 @@ class BudgetChange:
         self._wanted: tuple[int, str] | None = None  # bytes and cause
         self._chosen: tuple[Plan, list[Group]] | None = None  # the plan for it, waiting for a boundary
 
+    def check(self, nbytes: int) -> None:
+        """Refuse a budget that the layers as they are tiled cannot do with; only streaming anew tiles others."""
+        try:
+            self._session.prepared.check(nbytes)
+        except BudgetError as error:
+            anew = self._session.plan.minimum
+            if anew >= error.minimum:
+                raise
+            raise BudgetError(
+                f"{error}; streamed anew, perhaps in smaller tiles, it could go down to {format_bytes(anew)}",
+                minimum=error.minimum,
+                limiter=error.limiter,
+            ) from None
+
     def ask(self, nbytes: int, cause: str) -> None:
         """Change the budget now; or, while a pass is in progress, leave it to that pass and return.
 

@@ -27,6 +27,9 @@ class Channel(Protocol):
     def give_up(self, block: BlockState) -> None:
         """The block was brought and goes without having been used."""
 
+    def drained(self) -> None:
+        """The reader has nothing under way: the calling thread knows what its threads have done."""
+
 
 class HostChannel:
     """Kernels run in the calling thread, on the bytes where they were read to: there is nothing to put in order.
@@ -50,4 +53,7 @@ class HostChannel:
         """See ``Channel``."""
 
     def give_up(self, block: BlockState) -> None:
+        """See ``Channel``."""
+
+    def drained(self) -> None:
         """See ``Channel``."""

@@ -43,6 +43,7 @@ class _Ordered:
     def __init__(self, reader: Reader, device: Device) -> None:
         self._reader, self._device = reader, device
         self._compute: Stream | None = None
+        self.heard: dict[int, object] = {}  # by reader's thread: what it last knew
 
     def begin(self) -> None:
         """See ``Channel``."""
@@ -59,6 +60,11 @@ class _Ordered:
     def wait(self, job: Job) -> None:
         """See ``Channel``."""
         self._reader.wait(job)
+
+    def drained(self) -> None:
+        """See ``Channel``."""
+        for known in list(self.heard.values()):
+            self._device.take_over(known)
 
 
 class DeviceChannel(_Ordered):
@@ -88,7 +94,6 @@ class DeviceChannel(_Ordered):
         self.staging, self.cache = staging, cache
         self.copies = device.stream("copies")
         self.bytes_copied = 0
-        self.heard: dict[int, object] = {}  # by reader's thread: what it last knew
         self._counting = threading.Lock()
 
     def submit(self, block: BlockState, slab: Any, extents: Sequence[Extent], *, urgent: bool) -> Job:
@@ -105,7 +110,7 @@ class DeviceChannel(_Ordered):
             slot.begun, slot.filled, slot.holds = True, False, holds
         landing: Landing
         if slot is None and self._direct and all((e.offset | e.target | e.nbytes) % PAGE == 0 for e in extents):
-            landing = _Directly(self._device, slab, free, self._direct)
+            landing = _Directly(self, slab, free, self._direct)
         else:
             landing = _Passage(self, slab, free, slot, base)
         return self._reader.submit(block.name, slab, extents, urgent=urgent, landing=landing)
@@ -140,71 +145,10 @@ class DeviceChannel(_Ordered):
 
     def close(self) -> None:
         """Give the pinned memory back, when the device is done with it; the reader is closed."""
-        for known in list(self.heard.values()):
-            self._device.take_over(known)
+        self.drained()
         self._device.synchronize()
         self.staging.close()
         self.cache.close()
-
-
-class _Passage:
-    """One job on its way: read by the reader's threads, and copied on.
-
-    Args:
-        channel: whose.
-        slab: of the device.
-        free: the place is free after it.
-        via: the block's place in the host cache, to be filled on the way; None: through staging.
-        base: offset of the block in ``slab``.
-    """
-
-    def __init__(self, channel: DeviceChannel, slab: Any, free: Event, via: CacheSlot | None, base: int) -> None:
-        self._channel, self._slab, self._free, self._via, self._base = channel, slab, free, via, base
-        self._device = channel._device
-        self._known = [self._device.hand_over()]
-        self._lock = threading.Lock()
-        self._waits = False
-
-    def land(self, reader: Reader, piece: Extent, worker: int) -> int:
-        """See ``reader.Landing``."""
-        channel, device = self._channel, self._device
-        device.take_over(self._known[0])
-        target = self._slab.address + piece.target
-        copied = 0
-        if self._via is not None:
-            assert channel.cache.slab is not None
-            place = self._via.offset + piece.target - self._base
-            moved = Extent(piece.file, piece.offset, piece.nbytes, place)
-            device.host_writes(channel.cache.slab.address + place, piece.nbytes)
-            channel.heard[worker] = device.hand_over()
-            copied = reader.place(moved, channel.cache.slab, worker)
-            self._copy(target, channel.cache.slab.address + place, piece.nbytes)
-        else:
-            number, offset = channel.staging.take(worker)
-            channel.heard[worker] = device.hand_over()
-            head = reader.fetch(piece, channel.staging.bytes_of(offset))
-            self._copy(target, channel.staging.slab.address + offset + head, piece.nbytes)
-            channel.staging.give(number, channel.copies.record())
-        self._known.append(device.hand_over())
-        return copied
-
-    def _copy(self, target: int, source: int, nbytes: int) -> None:
-        channel = self._channel
-        with self._lock:  # the wait has to be in the stream before any of the copies
-            if not self._waits:
-                channel.copies.wait(self._free)
-                self._waits = True
-            self._device.copy_in(target, source, nbytes, channel.copies)
-        channel.count(nbytes)
-
-    def landed(self) -> Any:
-        """See ``reader.Landing``."""
-        for known in self._known:
-            self._device.take_over(known)
-        known = self._device.hand_over()
-        if self._via is not None:
-            self._via.known, self._via.filled = known, True
-        return self._channel.copies.record(), known
 
 
 class Straight(Protocol):
@@ -226,7 +170,7 @@ class InPlaceChannel(_Ordered):
 
     def submit(self, block: BlockState, slab: Any, extents: Sequence[Extent], *, urgent: bool) -> Job:
         """See ``Channel``."""
-        landing = _Overwrite(self._device, slab, self._follow().record())
+        landing = _Overwrite(self, slab, self._follow().record())
         return self._reader.submit(block.name, slab, extents, urgent=urgent, landing=landing)
 
     def make_ready(self, block: BlockState) -> None:
@@ -241,29 +185,36 @@ class InPlaceChannel(_Ordered):
         self.make_ready(block)
 
     def close(self) -> None:
-        """Wait until the device is done."""
+        """Wait until the device is done; the reader is closed."""
+        self.drained()
         self._device.synchronize()
 
 
-class _Overwrite:
-    """One job of an ``InPlaceChannel``: its reader's threads wait until the place is free."""
+class _Job(Landing):
+    """One job on its way, in the reader's threads.
 
-    def __init__(self, device: Device, slab: Any, free: Event) -> None:
-        self._device, self._slab, self._free = device, slab, free
-        self._known = [device.hand_over()]
+    Args:
+        channel: whose.
+        slab: of the device.
+        free: the block's place is free after it.
+    """
+
+    def __init__(self, channel: _Ordered, slab: Any, free: Event) -> None:
+        self._owner, self._device, self._slab, self._free = channel, channel._device, slab, free
+        self._known = [self._device.hand_over()]
 
     def land(self, reader: Reader, piece: Extent, worker: int) -> int:
         """See ``reader.Landing``."""
         self._device.take_over(self._known[0])
-        self._free.wait()
-        self._device.host_writes(self._slab.address + piece.target, piece.nbytes)
-        copied = reader.place(piece, self._slab, worker)
-        self._known.append(self._device.hand_over())
-        return copied
+        try:
+            return self._bring(reader, piece, worker)
+        finally:
+            known = self._device.hand_over()
+            self._known.append(known)
+            self._owner.heard[worker] = known
 
-    def landed(self) -> Any:
-        """See ``reader.Landing``."""
-        return self._all_known()
+    def _bring(self, reader: Reader, piece: Extent, worker: int) -> int:
+        raise NotImplementedError
 
     def _all_known(self) -> object:
         for known in self._known:
@@ -271,21 +222,78 @@ class _Overwrite:
         return self._device.hand_over()
 
 
-class _Directly(_Overwrite):
-    """One job that passes host memory by."""
+class _Passage(_Job):
+    """Read into host memory, and copied on.
 
-    def __init__(self, device: Device, slab: Any, free: Event, direct: Sequence[Straight]) -> None:
-        super().__init__(device, slab, free)
+    Args:
+        via: the block's place in the host cache, to be filled on the way; None: through staging.
+        base: offset of the block in ``slab``.
+    """
+
+    def __init__(self, channel: DeviceChannel, slab: Any, free: Event, via: CacheSlot | None, base: int) -> None:
+        super().__init__(channel, slab, free)
+        self._channel, self._via, self._base = channel, via, base
+        self._lock = threading.Lock()
+        self._waits = False
+
+    def _bring(self, reader: Reader, piece: Extent, worker: int) -> int:
+        channel, target = self._channel, self._slab.address + piece.target
+        if self._via is not None:
+            assert channel.cache.slab is not None
+            place = self._via.offset + piece.target - self._base
+            moved = Extent(piece.file, piece.offset, piece.nbytes, place)
+            self._device.host_writes(channel.cache.slab.address + place, piece.nbytes)
+            copied = reader.place(moved, channel.cache.slab, worker)
+            self._copy(target, channel.cache.slab.address + place, piece.nbytes)
+            return copied
+        number, offset = channel.staging.take(worker)
+        head = reader.fetch(piece, channel.staging.bytes_of(offset))
+        self._copy(target, channel.staging.slab.address + offset + head, piece.nbytes)
+        channel.staging.give(number, channel.copies.record())
+        return 0
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        channel = self._channel
+        with self._lock:  # the wait has to be in the stream before any of the copies
+            if not self._waits:
+                channel.copies.wait(self._free)
+                self._waits = True
+            self._device.copy_in(target, source, nbytes, channel.copies)
+        channel.count(nbytes)
+
+    def landed(self) -> Any:
+        """See ``reader.Landing``."""
+        known = self._all_known()
+        if self._via is not None:
+            self._via.known, self._via.filled = known, True
+        return self._channel.copies.record(), known
+
+
+class _Overwrite(_Job):
+    """Read straight into the arena, by threads that wait until the place is free."""
+
+    def _bring(self, reader: Reader, piece: Extent, worker: int) -> int:
+        self._free.wait()
+        self._device.host_writes(self._slab.address + piece.target, piece.nbytes)
+        return reader.place(piece, self._slab, worker)
+
+    def landed(self) -> Any:
+        """See ``reader.Landing``."""
+        return self._all_known()
+
+
+class _Directly(_Job):
+    """Read from storage into the device, past host memory."""
+
+    def __init__(self, channel: _Ordered, slab: Any, free: Event, direct: Sequence[Straight]) -> None:
+        super().__init__(channel, slab, free)
         self._direct = direct
 
-    def land(self, reader: Reader, piece: Extent, worker: int) -> int:
-        """See ``reader.Landing``."""
-        self._device.take_over(self._known[0])
+    def _bring(self, reader: Reader, piece: Extent, worker: int) -> int:
         self._free.wait()
         target = self._slab.address + piece.target
         self._device.host_writes(target, piece.nbytes)
         self._direct[piece.file].read(piece.offset, target, piece.nbytes)
-        self._known.append(self._device.hand_over())
         return 0
 
     def landed(self) -> Any:

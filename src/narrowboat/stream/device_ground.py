@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from narrowboat.arena.device.cuda import named
 from narrowboat.arena.device.gds import GdsReader
 from narrowboat.arena.device.interface import Device
 from narrowboat.arena.device.slab import DeviceSlab, InPlaceSlab
+from narrowboat.errors import PinnedMemoryError
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.stream.channel import Channel
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _PROBE_SECONDS = 0.02  # of copying
 _PROBES = 5
+_LEAST_CACHE = 1 << 16  # bytes
+log = logging.getLogger("narrowboat")
 
 
 def _straight(reader: Reader, device: Device) -> tuple[str, list[GdsReader]]:
@@ -46,6 +50,7 @@ class DeviceGround(Ground):
         device: which.
         host_bytes: of pinned memory: buffers between storage and device, and the rest for a cache of weights; of no
             meaning where host and device share one memory.
+        asked: somebody gave that number; else the cache may be smaller, where the system pins no more.
 
     Attributes:
         why_not_direct: why storage is not read straight into the device; empty where it is.
@@ -54,7 +59,7 @@ class DeviceGround(Ground):
     stays = False
     lock_memory = False
 
-    def __init__(self, device: Device, host_bytes: int) -> None:
+    def __init__(self, device: Device, host_bytes: int, *, asked: bool = True) -> None:
         self.device: Device = device
         self.torch_device = device.torch_device
         self.host_bytes = 0 if device.unified else host_bytes
@@ -62,6 +67,7 @@ class DeviceGround(Ground):
         self._slabs: list[Any] = []  # the arena, and blocks beside the plan
         self._channel: DeviceChannel | InPlaceChannel | None = None
         self._watch: DeviceStopwatch | None = None
+        self._asked = asked
         self.why_not_direct = "host and device share one memory"
         self._chunk = 0
         self._bandwidth = 0.0
@@ -83,13 +89,23 @@ class DeviceGround(Ground):
             return self._channel
         staging = Staging(self.device, reader.chunk, reader.workers)
         try:
-            cache = HostCache(self.device, self.host_bytes - staging.nbytes)
+            cache = self._cache(self.host_bytes - staging.nbytes)
         except BaseException:
             staging.close()
             raise
         self.why_not_direct, direct = _straight(reader, self.device)
         self._channel = DeviceChannel(reader, self.device, staging, cache, direct)
         return self._channel
+
+    def _cache(self, nbytes: int) -> HostCache:
+        while True:
+            try:
+                return HostCache(self.device, nbytes)
+            except PinnedMemoryError as error:
+                if self._asked or nbytes < _LEAST_CACHE:
+                    raise
+                log.warning("%s; half of that is tried, as no budget for cpu was given", error)
+                nbytes //= 2
 
     def machine(self, prepared: Prepared, bandwidth: float) -> Machine:
         """See ``Ground``. Copies and reads are other engines' work: kernels are not slowed by them."""

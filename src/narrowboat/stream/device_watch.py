@@ -41,6 +41,11 @@ class DeviceWatch:
         return max(self._reserved() - self.baseline, 0)
 
     @property
+    def held(self) -> int:
+        """Bytes now."""
+        return self._arena() + self.beside
+
+    @property
     def peak(self) -> int:
         """Most bytes so far."""
         return max(self._earlier, self.recent)

@@ -169,6 +169,7 @@ class Engine:
     def arrived(self) -> list[BlockState]:
         """The blocks whose bytes are at their places in the slab, those on their way waited for."""
         self._reader.drain()
+        self._swapper.channel.drained()
         for block in self.blocks:
             self._swapper.settle(block)
         return [b for b in self.blocks if b.state is State.IN and b.private is None and b.offset is not None]
@@ -233,6 +234,7 @@ class Engine:
     def abandon(self) -> None:
         """Forget every block, and make every weight a stand-in."""
         self._reader.drain()
+        self._swapper.channel.drained()
         self._pinned.clear()
         self.blocks, self._block_of = [], {}
         for weight in self.weights:
@@ -381,7 +383,7 @@ class Engine:
         """Return with the block's weights in and shown."""
         comes = block.state is not State.IN or block.ready is not None
         if comes:
-            self.stopwatch.holds_up(block.index)
+            self.stopwatch.holds_up(block.name)
         if block.state is not State.IN:
             if block.state is State.OUT:
                 self._make_place(block)
@@ -389,7 +391,7 @@ class Engine:
             before = time.perf_counter()
             self._swapper.finish(block)
             after = time.perf_counter()
-            self.record.stalled(block.index, after - before)
+            self.record.stalled(block.name, after - before)
             self.stopwatch.waited(block.name, before, after)
         if comes:
             self._swapper.channel.make_ready(block)
@@ -459,6 +461,7 @@ class Engine:
                 raise SessionClosedError(self.closed)
             inside = self.depth > 0
             if not inside:
+                self._swapper.channel.begin()
                 self.mend()
                 self.on_touch()
             if not self.blocks:

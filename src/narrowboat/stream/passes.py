@@ -16,7 +16,7 @@ class PassRecord:
         bytes_read: bytes that arrived during it.
         read_busy: seconds during which the reader was reading.
         step_seconds: seconds by step, waiting left out.
-        stall_by_block: seconds waited, by block number.
+        stall_by_block: seconds waited, by block.
         inputs: passes that went through together; 1 but for sweeps (``Session.map``).
         complete: it followed the traced order from first step to last.
     """
@@ -33,12 +33,12 @@ class PassRecord:
     inputs: int = 1
     complete: bool = False
     step_seconds: list[float] = field(default_factory=list)
-    stall_by_block: dict[int, float] = field(default_factory=dict)
+    stall_by_block: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.step_seconds = [0.0] * self.steps
 
-    def stalled(self, block: int, seconds: float) -> None:
+    def stalled(self, block: str, seconds: float) -> None:
         """Note a wait for ``block``."""
         self.stall += seconds
         self.stall_by_block[block] = self.stall_by_block.get(block, 0.0) + seconds

@@ -25,7 +25,7 @@ def refuse_training(weights: Iterable[Weight], norms: Iterable[nn.Module]) -> No
     if torch.is_grad_enabled() and any(slot.tensor.requires_grad for weight in weights for slot in weight.slots):
         raise GradientError(
             "this call would record gradients through streamed weights: wrap it in torch.inference_mode() or "
-            "torch.no_grad(). Training inside a budget (nb.train_step) is not built yet: train the plain model"
+            "torch.no_grad(); or train the plain model inside a budget with nb.train_step"
         )
     if any(norm.training for norm in norms):
         raise StreamedModelError(

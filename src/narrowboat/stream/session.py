@@ -13,7 +13,6 @@ from typing import Any
 
 from narrowboat.arena.ledger import Ledger
 from narrowboat.errors import (
-    BudgetError,
     NarrowboatError,
     SessionClosedError,
     StreamedModelError,
@@ -47,6 +46,7 @@ from narrowboat.stream.rows import RowReader
 from narrowboat.stream.settle import learn, settle
 from narrowboat.stream.stats import collect
 from narrowboat.stream.swap import Swapper
+from narrowboat.stream.tiers import Budget, new_budget
 from narrowboat.stream.wrap import unwrap_modules, wrap_modules
 from narrowboat.trace import Trace
 
@@ -186,17 +186,18 @@ class Session:
         return self._budget
 
     @budget.setter
-    def budget(self, value: int | str) -> None:
+    def budget(self, value: Budget) -> None:
         self.change_budget(value, cause="asked")
 
-    def change_budget(self, value: int | str, *, cause: str) -> None:
+    def change_budget(self, value: Budget, *, cause: str) -> None:
         """What setting ``budget`` does, with a ``cause`` for the trace."""
         if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
+        value = new_budget(value, self.ground.device, self.memory.held)
         if value == "auto":
             return follow_limits(self, self.prepared.enough())
         nbytes = parse_bytes(value, what="budget")
-        self._check(nbytes)
+        self._change.check(nbytes)
         if cause == "asked":
             self.following = None
         self._change.ask(nbytes, cause)
@@ -369,20 +370,6 @@ class Session:
     def _slab_in_force(self) -> Any:
         assert self.slab is not None
         return self.slab
-
-    def _check(self, nbytes: int) -> None:
-        """Refuse a budget that the layers as they are tiled cannot do with; only streaming anew tiles others."""
-        try:
-            self.prepared.check(nbytes)
-        except BudgetError as error:
-            anew = self.plan.minimum
-            if anew >= error.minimum:
-                raise
-            raise BudgetError(
-                f"{error}; streamed anew, perhaps in smaller tiles, it could go down to {format_bytes(anew)}",
-                minimum=error.minimum,
-                limiter=error.limiter,
-            ) from None
 
     def _before_pass(self) -> None:
         refuse_training(self._weights, self._norms)

@@ -95,8 +95,7 @@ def collect(session: Session) -> dict[str, Any]:
         "predicted_stall_ms": plan.timing.stall * 1e3,
         "bound_ms": plan.lower_bound * 1e3,
         "block_stall_ms": {
-            plan.blocks[i].name: seconds * 1e3
-            for i, seconds in (records[-1].stall_by_block if records else {}).items()
+            name: seconds * 1e3 for name, seconds in (records[-1].stall_by_block if records else {}).items()
         },
         "budget_bytes": session.budget,
         "min_budget_bytes": plan.minimum,

@@ -51,7 +51,7 @@ class Stopwatch:
         self._resumed += after - before
         self._lane.add(name, before, after)
 
-    def holds_up(self, block: int) -> None:
+    def holds_up(self, block: str) -> None:
         """A block is not there yet, as far as the host knows: what follows may hold up the kernels, on a device."""
 
     def goes_on(self) -> None:
@@ -71,7 +71,7 @@ class _Marks:
     end: Event
     ends: list[tuple[int, Event]]  # the step that ended, mark
     resumes: list[Event]
-    waits: list[tuple[int, Event, Event]]  # block, marks before and after
+    waits: list[tuple[str, Event, Event]]  # block, marks before and after
 
 
 class DeviceStopwatch(Stopwatch):
@@ -90,8 +90,8 @@ class DeviceStopwatch(Stopwatch):
         self.watching = True
         self._ends: list[tuple[int, Event]] = []
         self._resumes: list[Event] = []
-        self._waits: list[tuple[int, Event, Event]] = []
-        self._held: tuple[int, Event] | None = None
+        self._waits: list[tuple[str, Event, Event]] = []
+        self._held: tuple[str, Event] | None = None
         self._begin: Event | None = None
         self._unread: deque[_Marks] = deque(maxlen=256)
 
@@ -115,7 +115,7 @@ class DeviceStopwatch(Stopwatch):
         if self.watching:
             self._resumes.append(self._mark())
 
-    def holds_up(self, block: int) -> None:
+    def holds_up(self, block: str) -> None:
         """See ``Stopwatch``."""
         self._held = block, self._mark()
 
@@ -148,7 +148,7 @@ class DeviceStopwatch(Stopwatch):
 def _fill(marks: _Marks) -> None:
     record = marks.record
     record.latency = marks.end.seconds_since(marks.begin)
-    stalls: dict[int, float] = {}
+    stalls: dict[str, float] = {}
     for block, before, after in marks.waits:
         stalls[block] = stalls.get(block, 0.0) + after.seconds_since(before)
     # The host's own waits are among them: they only hold the device up for what is left when its work runs out.

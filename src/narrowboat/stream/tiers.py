@@ -55,21 +55,50 @@ def _names(device: Device) -> set[str | int]:
 
 
 def host_bytes(asked: int | None, useful: int) -> int:
-    """Bytes of pinned host memory: as asked; else what is of use, within half of what the host can spare now."""
+    """Bytes of pinned host memory: what is of use, within what was asked, or half of what the host can spare now."""
     if asked is not None:
-        return asked
+        return min(asked, useful)
     found = min(useful, int(memory_limits().available * _HOST_SHARE))
     log.info("budget for cpu: %s", format_bytes(found))
     return found
 
 
-def check_free(device: Device, nbytes: int) -> None:
+def new_budget(budget: Budget, device: Device | None, held: int) -> int | str:
+    """What a session's budget is to be, of its execution device.
+
+    Args:
+        budget: as for ``split_budget``.
+        device: the execution device; None for the processor.
+        held: bytes of its memory that the session holds already.
+
+    Raises:
+        UsageError: ``"auto"`` on a device, or a number for the host, which is fixed when streaming begins.
+        DeviceMemoryError: the device has no such memory free.
+        QuantityError: it is no size.
+    """
+    main, host = split_budget(budget, device)
+    if host is not None:
+        raise UsageError("the budget for cpu is fixed when streaming begins: give a new one for the device alone")
+    if device is None:
+        return main
+    if main == "auto":
+        raise UsageError("budget='auto' follows the host's memory: give a number of bytes for a device")
+    nbytes = parse_bytes(main, what="budget")
+    check_free(device, nbytes, held)
+    return nbytes
+
+
+def check_free(device: Device, nbytes: int, held: int = 0) -> None:
     """Before anything is taken.
+
+    Args:
+        held: bytes of it that are the session's already.
 
     Raises:
         DeviceMemoryError: the budget is above what the device has free.
     """
     free, total = device.memory()
+    free += held
     if device.unified or nbytes <= free:
         return
     raise DeviceMemoryError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import os
 import random
 import threading
 import time
@@ -27,7 +28,7 @@ from narrowboat.arena.device.lanes import ComputeLane, CopyLane, LaneEvent, host
 from narrowboat.arena.device.order import Clock, Order
 from narrowboat.arena.pool import PagePool, map_nothing, map_pool
 from narrowboat.arena.slab import Slab
-from narrowboat.errors import DeviceMemoryError, DeviceOrderError, PinnedMemoryError, UsageError
+from narrowboat.errors import DeviceMemoryError, DeviceOrderError, NoDeviceError, PinnedMemoryError, UsageError
 from narrowboat.quantities import format_bytes
 
 GRANULARITY = 64 << 10  # bytes
@@ -65,6 +66,8 @@ class EmulatedDevice:
         jitter: int | None = None,
         workspace: int = 0,
     ) -> None:
+        if capacity <= 0 or (bandwidth is not None and not bandwidth > 0):
+            raise UsageError(f"an emulated device has bytes and a bandwidth, not {capacity} and {bandwidth}")
         if granularity <= 0 or granularity % mmap.PAGESIZE:
             raise UsageError(f"granularity must be a multiple of {mmap.PAGESIZE}, not {granularity}")
         self.name = "emulated"
@@ -85,6 +88,7 @@ class EmulatedDevice:
         self._pinned: dict[int, int] = {}
         self._lanes: weakref.WeakSet[CopyLane] = weakref.WeakSet()
         self._numbers = itertools.count()
+        self._pid = os.getpid()
         self._left: deque[LaneEvent] = deque()  # the ends of streams that nobody holds any more
         self._closings: deque[Callable[[], None]] = deque()
         self._compute = threading.local()
@@ -98,7 +102,7 @@ class EmulatedDevice:
         self._closings.append(close)
 
     def _tidy(self) -> None:
-        while self._closings:
+        while self._closings and not self._forked:
             self.synchronize()
             self.order.learn_all(host_agent())  # what nobody refers to, nobody uses
             self._closings.popleft()()
@@ -114,6 +118,8 @@ class EmulatedDevice:
 
     def reserve(self, nbytes: int) -> int:
         """See ``Device``."""
+        if self._forked:
+            raise NoDeviceError(f"{self.name} was made in the process that this one was forked from: make another")
         self._tidy()
         place = mmap.mmap(-1, nbytes + self.granularity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(place))
@@ -124,6 +130,8 @@ class EmulatedDevice:
 
     def unreserve(self, address: int, nbytes: int) -> None:
         """See ``Device``."""
+        if self._forked:
+            return  # the parent's
         self._gone.append(self._ranges.pop(address))
 
     def map(self, address: int, nbytes: int) -> object:
@@ -146,6 +154,8 @@ class EmulatedDevice:
 
     def unmap(self, address: int, nbytes: int, handle: object) -> None:
         """See ``Device``."""
+        if self._forked:
+            return  # the parent's
         self.order.mapping(host_agent(), address, nbytes, mapped=False)
         map_nothing(address, nbytes)
         with self._lock:
@@ -168,6 +178,8 @@ class EmulatedDevice:
 
     def unpin(self, slab: Slab) -> None:
         """See ``Device``."""
+        if self._forked:
+            return  # the parent's
         self.order.mapping(host_agent(), slab.address, slab.nbytes, mapped=True)  # nothing may still use it
         self.order.forget(slab.address, slab.nbytes)
         self._pinned.pop(slab.address, None)
@@ -200,8 +212,15 @@ class EmulatedDevice:
         self._lanes.add(lane)
         return lane
 
+    @property
+    def _forked(self) -> bool:
+        """Whether this is a child of the process that the device was made in: its streams did not come along."""
+        return os.getpid() != self._pid
+
     def synchronize(self) -> None:
         """See ``Device``."""
+        if self._forked:
+            return
         while self._left:
             self._left.popleft().wait()
         for lane in list(self._lanes):

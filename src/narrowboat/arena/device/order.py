@@ -88,7 +88,7 @@ class Order:
                 if not span.mapped:
                     raise DeviceOrderError(f"{what} writes bytes at {address:#x} that have no memory")
                 self._settled(span, clock, f"overwritten while in use: {what} ({agent})")
-                span.wrote, span.reads = (agent, count, what), {}
+            self._alike(address, nbytes, _Span((agent, count, what)))
 
     def mapping(self, agent: str, address: int, nbytes: int, *, mapped: bool) -> None:
         """Memory comes to a range, or goes.
@@ -100,15 +100,13 @@ class Order:
             count, clock = self._step(agent)
             for span in self._over(address, nbytes):
                 self._settled(span, clock, "unmapped while in use: the host")
-                span.mapped = mapped
-                # Fresh memory holds nothing: it is ready for whoever knows of the mapping.
-                span.wrote, span.reads = (agent, count, "mapping"), {}
+            # Fresh memory holds nothing: it is ready for whoever knows of the mapping.
+            self._alike(address, nbytes, _Span((agent, count, "mapping"), mapped=mapped))
 
     def forget(self, address: int, nbytes: int) -> None:
         """A range is given back to the system: who has its addresses next need not know what was there."""
         with self._lock:
-            for span in self._over(address, nbytes):
-                span.wrote, span.reads, span.mapped = None, {}, True
+            self._alike(address, nbytes, _Span())
 
     def _settled(self, span: _Span, clock: Clock, who: str) -> None:
         if span.wrote is not None and span.wrote[1] > clock.get(span.wrote[0], 0):
@@ -138,6 +136,12 @@ class Order:
             return []
         first, last = self._cut(address), self._cut(address + nbytes)
         return self._spans[first:last]
+
+    def _alike(self, address: int, nbytes: int, span: _Span) -> None:
+        """The same is known of all of a range: one span, so that their number does not grow with what has happened."""
+        if nbytes > 0:
+            first, last = self._cut(address), self._cut(address + nbytes)
+            self._starts[first:last], self._spans[first:last] = [address], [span]
 
     def _cut(self, address: int) -> int:
         at = bisect_right(self._starts, address) - 1

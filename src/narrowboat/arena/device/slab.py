@@ -8,6 +8,7 @@ import threading
 import torch
 
 from narrowboat.arena.device.interface import Device, Event
+from narrowboat.arena.device.unbroken import unbroken
 from narrowboat.arena.exports import forget, watch
 from narrowboat.arena.slab import Slab
 from narrowboat.errors import DeviceLostError
@@ -73,8 +74,12 @@ class DeviceSlab:
         Raises:
             DeviceMemoryError: the device has no such memory free; nothing has changed.
         """
-        with self._lock:
-            self._become(_union([*self._held, *ranges]))
+
+        def grow() -> None:
+            with self._lock:
+                self._become(_union([*self._held, *ranges]))
+
+        unbroken(self.device, grow)
 
     def release(self, ranges: Ranges, *, after: Event | None = None) -> None:
         """Give back the memory of chunks that only lie in these ranges; waits until the device is done with it.
@@ -82,8 +87,12 @@ class DeviceSlab:
         Args:
             after: a mark behind everything that uses these bytes; None: all that was given to the device.
         """
-        with self._lock:
-            self._become(_without(self._held, _union(ranges)), after)
+
+        def shrink() -> None:
+            with self._lock:
+                self._become(_without(self._held, _union(ranges)), after)
+
+        unbroken(self.device, shrink)
 
     def back(self, offset: int) -> bool:
         """Back the one chunk at ``offset``; True if it was not. For an owner who counts chunks itself, and neither
@@ -172,14 +181,19 @@ class DeviceSlab:
     def close(self) -> None:
         """Give memory and addresses back; what the device still does with them is waited for. Idempotent."""
         if self.__dict__.get("address"):
-            with self._lock:
-                try:
-                    self._become([])
-                except DeviceLostError:  # its memory is lost with it
-                    self._chunks, self._held = {}, []
-                forget(self._ticket)
-                self.device.unreserve(self.address, self.nbytes)
-                self.address = 0
+            unbroken(self.device, self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            if not self.address:
+                return
+            try:
+                self._become([])
+            except DeviceLostError:  # its memory is lost with it
+                self._chunks, self._held = {}, []
+            forget(self._ticket)
+            address, self.address = self.address, 0
+            self.device.unreserve(address, self.nbytes)
 
     def __del__(self) -> None:
         if self.__dict__.get("address"):

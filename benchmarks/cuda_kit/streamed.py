@@ -31,7 +31,7 @@ _KEPT = (
     "host_budget_bytes",
     "pinned_bytes",
     "host_cache_bytes",
-    "copy_bandwidth_bytes_per_s",
+    "copy_bytes_per_s",
     "bandwidth_bytes_per_s",
     "predicted_latency_ms",
     "bound_ms",

@@ -27,7 +27,7 @@ def test_a_run_on_a_device_tells_both_memories(narrowboat: Any, weights: Path) -
     assert told["bit_identical"] is True
     assert 0 < told["peak_bytes"] <= 40 << 20
     assert 0 < told["pinned_bytes"] <= 20 << 20
-    assert told["copy_bandwidth_bytes_per_s"] > 0
+    assert told["copy_bytes_per_s"] > 0
 
 
 def test_a_run_on_a_device_is_told_in_words(narrowboat: Any, weights: Path) -> None:

@@ -134,5 +134,5 @@ def _host_facts(report: RunReport) -> dict[str, object]:
     return {
         "host memory": f"{format_bytes(report.pinned_bytes)} pinned, "
         f"{format_bytes(report.host_cache_bytes)} of it for weights",
-        "copies": f"{format_bytes(int(report.copy_bandwidth_bytes_per_s))}/s to the device",
+        "copies": f"{format_bytes(int(report.copy_bytes_per_s))}/s to the device",
     }

@@ -48,7 +48,7 @@ class RunReport:
         copied_bytes: read bytes that needed a copy, because the file is not packed.
         device: where it ran.
         pinned_bytes, host_cache_bytes: on a device: pinned host memory, and the part of it that keeps weights.
-        copy_bandwidth_bytes_per_s: from there to the device.
+        copy_bytes_per_s: from there to the device.
         output_digest: sha256 of the last output.
         difference: where the outputs differ, in words.
     """
@@ -73,7 +73,7 @@ class RunReport:
     device: str
     pinned_bytes: int
     host_cache_bytes: int
-    copy_bandwidth_bytes_per_s: float
+    copy_bytes_per_s: float
     output_digest: str
     difference: str
 
@@ -210,7 +210,7 @@ def run_model(
         device=stats["device"],
         pinned_bytes=stats["pinned_bytes"],
         host_cache_bytes=stats["host_cache_bytes"],
-        copy_bandwidth_bytes_per_s=stats["copy_bandwidth_bytes_per_s"],
+        copy_bytes_per_s=stats["copy_bytes_per_s"],
         output_digest=digest,
         difference=difference,
     )

@@ -210,8 +210,8 @@ class DeviceGround(Ground):
             "host_budget_bytes": self.host_bytes,
             "pinned_bytes": self._mapped() if self.device.unified else pinned,
             "device_copied_bytes": channel.bytes_copied if channel is not None else 0,
-            "copy_bandwidth_bytes_per_s": self._bandwidth,
-            "direct_to_device_refusal": self.why_not_direct,
+            "copy_bytes_per_s": self._bandwidth,
+            "device_direct_refusal": self.why_not_direct,
         }
 
     def close(self) -> None:

@@ -151,8 +151,8 @@ class HostGround(Ground):
             "host_budget_bytes": 0,
             "pinned_bytes": 0,
             "device_copied_bytes": 0,
-            "copy_bandwidth_bytes_per_s": 0.0,
-            "direct_to_device_refusal": "",
+            "copy_bytes_per_s": 0.0,
+            "device_direct_refusal": "",
         }
 
     def close(self) -> None:

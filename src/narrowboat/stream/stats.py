@@ -73,8 +73,8 @@ def collect(session: Session) -> dict[str, Any]:
     pinned_bytes             bytes   pinned host memory it has: buffers, and the cache of weights
     host_cache_bytes         bytes   of the cache, what the plan in force puts there
     device_copied_bytes      bytes   from host memory to the device so far
-    copy_bandwidth_bytes_per_s B/s   of such copies, as measured when the session began
-    direct_to_device_refusal text    why storage is not read straight into the device; empty where it is
+    copy_bytes_per_s         B/s     of such copies, as measured when the session began
+    device_direct_refusal    text    why storage is not read straight into the device; empty where it is
     ======================== ======= ==========================================================
     """
     session.ground.times(hold=False)

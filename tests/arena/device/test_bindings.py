@@ -73,7 +73,7 @@ def test_a_whole_life(run: Any) -> None:
     assert f"cuMemcpyHtoDAsync {8 * MIB} on -1" in log
     assert "cuMemcpyDtoDAsync 1000 on -1" in log
     assert f"cuMemcpyDtoHAsync {2 * MIB} on 1" in log
-    assert log[-1] == "destroy 1"
+    assert log.count("destroy 1") == 1
 
 
 def test_pytorchs_default_stream_is_meant_even_if_the_bindings_have_another(run: Any) -> None:

@@ -42,7 +42,11 @@ def unbroken(device: Device, task: Callable[[], None]) -> None:
             struck = error
     for token in tokens:
         device.take_over(token)
-    if errors:
-        raise errors[0]
-    if struck is not None:
-        raise struck
+    try:
+        if errors:
+            raise errors[0]
+        if struck is not None:
+            raise struck
+    finally:  # or what was raised would refer to itself, and keep all that its frames refer to
+        errors.clear()
+        del struck

@@ -145,6 +145,7 @@ class Planner:
         self.premises = premises
         self._chains: dict[tuple[int, str, int, bool, bool], TrainingChain] = {}
         self._least: tuple[int, str] | None = None
+        self._smallest: list[tuple[_Way, Schedule]] = []  # those that set it
         self._plain: tuple[float, int] | None = None
 
     @property
@@ -262,12 +263,14 @@ class Planner:
             # Fewer samples never need more, but for the second copy of a gradient that accumulation takes.
             ends = {way.parts for way in (ways[0], ways[-1])}
             found = []
+            self._smallest = []
             for way in ways:
                 if way.parts in ends and way.tier is self._leanest():
                     table = self._solve(way, 0)
                     schedule = table.best(table.minimum)
                     needed = self._count(way, schedule, self._counted(way, schedule)[1])
                     found.append((self._total(needed, way), table.bottleneck))
+                    self._smallest.append((way, schedule))
             if self.premises.parts in (None, 1) and not self._leanest().window:
                 # The chain rounds up, and keeping everything may be the least there is in small networks.
                 way = replace(self._plain_way(), tier=self._leanest())
@@ -331,8 +334,10 @@ class Planner:
             # One of less may be faster than one that fills it, where freed pages go back before every other kernel.
             for size in dict.fromkeys(max(int(room * factor), table.minimum) for factor in (*_ROOMS, 0.0)):
                 schedule = table.best(size)
-                seconds = way.parts * (schedule.seconds + self._taping(way, schedule)) + way.tier.seconds
-                found.append((seconds, number, way, schedule))
+                found.append((self._seconds(way, schedule), number, way, schedule))
+        if budget >= self.minimum()[0]:
+            # Others that are as fast may count for more, storage by storage.
+            found += [(self._seconds(*each), -1 - number, *each) for number, each in enumerate(self._smallest)]
         tried: set[tuple[int, Schedule]] = set()
         best: TrainPlan | None = None
         for seconds, number, way, schedule in sorted(found, key=lambda each: each[:2]):
@@ -371,9 +376,10 @@ class Planner:
         plan = self._finished(budget, seconds, way, Schedule(seconds, peak, items))
         return plan if plan.predicted_peak <= budget else None
 
-    def _taping(self, way: _Way, schedule: Schedule) -> float:
-        """Seconds that a pass takes longer because it runs on a tape."""
-        return 0.0 if _is_plain(schedule) else self._chain_of(way).tape.overhead
+    def _seconds(self, way: _Way, schedule: Schedule) -> float:
+        """Of forward and backward of the whole batch; a pass takes longer because it runs on a tape."""
+        taping = 0.0 if _is_plain(schedule) else self._chain_of(way).tape.overhead
+        return way.parts * (schedule.seconds + taping) + way.tier.seconds
 
     def _finished(self, budget: int, seconds: float, way: _Way, schedule: Schedule) -> TrainPlan:
         made = self._chain_of(way)

@@ -240,7 +240,9 @@ class Preparation:
         spare = self.memory.spare(static)
         room = min(budget, spare) - held
         self._rooms[key], self._watches[key] = _Room(made, room, spare - held), SplitWatch(inputs, targets)
-        fitting = tuple(n for n in timing_sizes(made.batch) if made.tape(n).saved_bytes * 1.5 < room)
+        fitting = timing_sizes(
+            made.batch, lambda size: made.tape(size).saved_bytes * 1.5 < room, large=not self.memory.on_host
+        )
         if fitting:
             made.time(self.inner, forward, inputs, targets, fitting)
         premises = Premises(

@@ -229,13 +229,16 @@ class PlannedForward:
         static = self._static(inputs, output_bytes.at(made.batch))
         made.room = self.budget
         room = self.budget - static.total
-        sizes = tuple(size for size in timing_sizes(made.batch) if made.tape(size).saved_bytes * 1.5 < room)
+        sizes = timing_sizes(made.batch, lambda size: made.tape(size).saved_bytes * 1.5 < room)
         if sizes:
             made.time(self._model, forward, inputs, None, sizes)
+        techniques = self._techniques
+        if any(parameter.is_cuda for parameter in self._model.parameters()):
+            techniques = replace(techniques, compact=False)  # which is for memory of the CPU
         premises = Premises(
             tiers=(Tier("memory", static),),
             splittable="the loop is the caller's",
-            techniques=self._techniques,
+            techniques=techniques,
             rates=self._rates,
             in_flight=_IN_FLIGHT + (self._pool.staging_bytes if self._pool is not None else 0),
             spare=memory_limits().available + static.weights,
@@ -310,6 +313,8 @@ def checkpoint_plan(
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer, or None")
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if spill is not None and isinstance(inner, nn.Module) and any(p.is_cuda for p in inner.parameters()):
+        raise UsageError("activations of a GPU are spilled by nb.train_step only: leave spill= out")
     optimizers = [] if optimizer is None else [optimizer]
     planned = PlannedForward(inner, budget, spill=spill, techniques=techniques, optimizers=optimizers)
     try:

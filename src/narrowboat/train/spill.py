@@ -162,6 +162,9 @@ class SpillPool:
         for lane in (self._writer, self._reader):
             lane.submit(int).result()
 
+    def expect(self, nbytes: int) -> None:
+        """So many bytes will be spilled at one time in the passes that follow; here that makes no difference."""
+
     def rest(self) -> None:
         """Let go of a device's memory; here nothing is held of that."""
 

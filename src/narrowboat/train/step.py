@@ -78,7 +78,6 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         *,
         budget: int | str | Mapping[str, int | str] = "auto",
-        device: str | torch.device | Device | None = None,
         spill: str | Path | None = None,
         weights: str | Path | WeightsIndex | None = None,
         batch_norm: str = "auto",
@@ -91,6 +90,7 @@ class TrainStep:
         resume: bool = False,
         adapt: bool = True,
         enforce: bool = True,
+        device: str | torch.device | Device | None = None,
     ) -> None:
         check_model(model)
         check_functions(loss_fn, scaler, count)
@@ -335,6 +335,8 @@ class TrainStep:
             written, offloaded = self._written(), self._offloaded()
             if self._weights is not None:
                 self._weights.begin_step()
+            if self._pool is not None:
+                self._pool.expect(plan.at_once)
             self._memory.reset_peak()
             try:
                 with self._memory.guarded(plan, budget) as guard, self._preparation.frozen():
@@ -461,7 +463,6 @@ def train_step(
             activations, temporaries, and what the allocator adds. An int, "1.5GiB", or "auto" (what the machine can
             spare); of the device where the model is. For a model on a GPU also ``{"cuda": "6GiB", "cpu": "8GiB"}``:
             "cpu" is how much host memory may be pinned for activations; left out, half of what the host can spare.
-        device: where the model is; None to go by its parameters. On a GPU the budget is the allocator's.
         spill: a folder for activations (and what else does not fit); None for no storage.
         weights: the weights file or folder of a model that is larger than memory: a skeleton on meta, or a model from
             ``nb.stream`` (which knows its own). Frozen weights take turns in a window, in forward and in backward.
@@ -484,6 +485,7 @@ def train_step(
         enforce: refuse allocations that go far beyond the plan, so that an overrun is an error that is caught and
             not a kill. On a GPU torch's allocator is held to the budget while the passes run
             (``set_per_process_memory_fraction``, put back afterwards).
+        device: where the model is; None to go by its parameters.
 
     Raises:
         NoDeviceError: there is no such device.

@@ -38,6 +38,8 @@ class Rates:
         host_write, host_read: seconds per byte from a device to pinned host memory and back; None where there is none.
         host_room: bytes of storages that pinned memory has room for.
         limit: bytes of storages that units may spill in all; None for any number. Set by ``at``.
+        largest: bytes of the largest storage that can be spilled; None for any. What is larger than pinned memory
+            cannot pass through it. Set by ``at``.
         engines: copies go on beside the computing, and no longer than it. Set by ``at``.
     """
 
@@ -49,6 +51,7 @@ class Rates:
     host_read: float | None = None
     host_room: int = 0
     limit: int | None = None
+    largest: int | None = None
     engines: bool = False
 
     @property
@@ -68,11 +71,11 @@ class Rates:
         if not level or self.host_write is None or self.host_read is None:
             return self
         if level == "host":
-            return replace(self, write=self.host_write, read=self.host_read, limit=room, engines=True)
+            return replace(self, write=self.host_write, read=self.host_read, limit=room, largest=room, engines=True)
         assert self.write is not None and self.read is not None
         beyond = max(0, saved - room) / max(saved, 1)
         write, read = self.host_write + beyond * self.write, self.host_read + beyond * self.read
-        return replace(self, write=write, read=read, engines=True)
+        return replace(self, write=write, read=read, largest=self.host_room, engines=True)
 
     def exposed(self, seconds: float, beside: float) -> float:
         """Of so many seconds of reading or writing, those for which computing waits.
@@ -308,15 +311,21 @@ class _Builder:
         return meanings, costs
 
     def _spillable(self, index: int) -> frozenset[int]:
-        saved = self._savings.of_unit[index]
-        return frozenset(number for number in saved if self._tape.storages[number].nbytes >= _SMALLEST_SPILL)
+        saved = (self._tape.storages[number] for number in self._savings.of_unit[index])
+        return frozenset(each.number for each in saved if each.nbytes >= _SMALLEST_SPILL and self._passes(each.nbytes))
+
+    def _passes(self, nbytes: int) -> bool:
+        return self._rates.largest is None or nbytes <= self._rates.largest
 
     @property
     def _boundaries_spill(self) -> bool:
-        """Whether whatever boundaries and units spill is within the limit together."""
+        """Whether whatever boundaries and units spill is within the limits together."""
+        on_boundaries = frozenset().union(*self._boundaries)
+        if not all(self._passes(self._tape.storages[number].nbytes) for number in on_boundaries):
+            return False
         if self._rates.limit is None:
             return True
-        every = frozenset().union(*self._boundaries, *(self._spillable(index) for index in range(self._count)))
+        every = on_boundaries.union(*(self._spillable(index) for index in range(self._count)))
         return self._bytes(every) <= self._rates.limit
 
     def _units_that_spill(self) -> set[int]:

@@ -235,9 +235,17 @@ def _excess(fake: Tape, real: Tape) -> dict[int, int]:
     return {theirs.number: theirs.nbytes - ours.nbytes for ours, theirs in pairs if theirs.nbytes > ours.nbytes}
 
 
-def timing_sizes(batch: int) -> tuple[int, ...]:
-    """Samples of the passes to time for a batch."""
-    return tuple(dict.fromkeys(min(size, max(batch, 1)) for size in _TIMED))
+def timing_sizes(batch: int, fits: Callable[[int], bool], *, large: bool = False) -> tuple[int, ...]:
+    """Samples of the passes to time for a batch, at most two numbers; none where there is no room.
+
+    Args:
+        batch: samples.
+        fits: whether there is room for a pass of so many.
+        large: on a device that is idle over a few samples, whose passes take as long as it takes to call them.
+    """
+    shares = (batch // 4, batch // 2, batch) if large else ()
+    sizes = sorted({min(max(size, 1), max(batch, 1)) for size in (*_TIMED, *shares)})
+    return tuple(size for size in sizes if fits(size))[-2:]
 
 
 def _with_guesses(made: Study) -> Study:

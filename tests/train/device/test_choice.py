@@ -83,6 +83,7 @@ def test_what_a_budget_says_on_a_device(device: Any, caplog: pytest.LogCaptureFi
     assert Amounts.of("1GiB", device) == Amounts("1GiB", None)
     assert Amounts.of({"cuda": "6GiB", "cpu": "8GiB"}, device) == Amounts("6GiB", 8 << 30)
     assert Amounts.of({"cuda": 5, "cpu": 0}, device) == Amounts(5, 0)
+    assert Amounts.of({device.name: "6GiB"}, device) == Amounts("6GiB", None)
     assert Amounts.of({"cpu": "1MiB"}, device) == Amounts("auto", MIB)
     assert Amounts.of({"cuda": "1GiB", "cpu": "auto"}, device) == Amounts("1GiB", None)
     with caplog.at_level(logging.INFO, "narrowboat"):

@@ -16,9 +16,9 @@ from narrowboat.train.measure.chain import Rates
 from narrowboat.train.spill import SpillPool
 
 log = logging.getLogger("narrowboat")
-_LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 16 << 20, 512 << 20
+_LEAST_IN_FLIGHT, _MOST_IN_FLIGHT = 16 << 20, 256 << 20
 _LEAST_HOST = 1 << 20
-_IN_FLIGHT_SHARE = 16  # of the budget one part: two activations of some size, so that copies go on without a gap
+_IN_FLIGHT_SHARE = 32  # of the budget, as it is when the step is made: some activations, so that copies have no gaps
 
 
 def open_pool(

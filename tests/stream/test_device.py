@@ -9,6 +9,7 @@ import random
 import signal
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,24 @@ def test_without_a_number_for_the_host_less_is_pinned_where_the_system_gives_les
         assert kit.right(model, 4)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads do not come along to a child either, and it would wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, even where the tests were started by a shell in the background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("what", ["map", "unmap", "reserve", "unreserve"])
 def test_ctrl_c_in_the_middle_of_a_change_of_budget_costs_neither_bits_nor_memory(
     kit: DeviceKit, monkeypatch: pytest.MonkeyPatch, what: str
@@ -421,7 +440,7 @@ def test_after_ctrl_c_at_any_moment_the_next_pass_is_right(tmp_path: Path, tiny_
         assert device.memory()[0] == free
 
 
-def test_a_forked_child_is_told_and_does_not_hang(kit: DeviceKit) -> None:
+def test_a_forked_child_is_told_and_does_not_hang(kit: DeviceKit, one_thread: None) -> None:
     model = kit.stream(kit.device())
     assert kit.right(model, 2)
     child = os.fork()

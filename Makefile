@@ -33,7 +33,12 @@ demo: $(STAMP)  ## a real network and a 1.2 GB one, each in a fraction of its by
 	$(BIN)/python -m narrowboat demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k name" for some of them)
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else # deadlines are kept by themselves; the rest shares the cores
+	$(BIN)/python -m pytest tests/tasks
+	$(BIN)/python -m pytest -n 2 --ignore=tests/tasks
+endif
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ name, where the arena needs that moment to be the mark.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -190,7 +191,7 @@ class InPlaceChannel(_Ordered):
         self._device.synchronize()
 
 
-class _Job(Landing):
+class _Job(Landing, ABC):
     """One job on its way, in the reader's threads.
 
     Args:
@@ -213,8 +214,9 @@ class _Job(Landing):
             self._known.append(known)
             self._owner.heard[worker] = known
 
+    @abstractmethod
     def _bring(self, reader: Reader, piece: Extent, worker: int) -> int:
-        raise NotImplementedError
+        """Bring one piece; see ``land``."""
 
     def _all_known(self) -> object:
         for known in self._known:

@@ -72,7 +72,7 @@ class DeviceWatch:
 
     def sample(self) -> None:
         """Look now."""
-        self._most = max(self._most, self._arena() + self.beside)
+        self._most = max(self._most, self.held)
 
     def rest(self, budget: int, reserved: int) -> None:
         """As of ``MemoryWatch``."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from narrowboat.arena.device.interface import Device
+from narrowboat.arena.device.pinned import pinned_slab
 from narrowboat.arena.slab import PAGE, Slab
 
 
@@ -50,14 +51,7 @@ class HostCache:
     def __init__(self, device: Device, nbytes: int) -> None:
         self._device = device
         self.nbytes = nbytes // PAGE * PAGE
-        self.slab: Slab | None = None
-        if self.nbytes:
-            self.slab = Slab(self.nbytes)
-            try:
-                device.pin(self.slab)
-            except BaseException:
-                self.slab.close()
-                raise
+        self.slab: Slab | None = pinned_slab(device, self.nbytes) if self.nbytes else None
         self._slots: dict[int, CacheSlot] = {}
 
     @property

@@ -27,7 +27,6 @@ class MemoryWatch:
         self._hwm_before = process_memory().hwm
         self._sampled = 0
         self._earlier = 0
-        self.held = 0  # of a device's memory
 
     @property
     def peak(self) -> int:

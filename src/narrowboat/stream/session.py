@@ -193,7 +193,7 @@ class Session:
         """What setting ``budget`` does, with a ``cause`` for the trace."""
         if self.engine.closed:
             raise SessionClosedError(self.engine.closed)
-        value = new_budget(value, self.ground.device, self.memory.held)
+        value = new_budget(value, self.ground.device, lambda: int(self.memory.held))
         if value == "auto":
             return follow_limits(self, self.prepared.enough())
         nbytes = parse_bytes(value, what="budget")

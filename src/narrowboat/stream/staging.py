@@ -7,7 +7,8 @@ waits for a copy only before it reads over what that copy reads; nobody else wai
 from __future__ import annotations
 
 from narrowboat.arena.device.interface import Device, Event
-from narrowboat.arena.slab import PAGE, Slab
+from narrowboat.arena.device.pinned import pinned_slab
+from narrowboat.arena.slab import PAGE
 from narrowboat.errors import BudgetError
 from narrowboat.quantities import format_bytes
 
@@ -58,12 +59,7 @@ class Staging:
 
     def __init__(self, device: Device, chunk: int, workers: int) -> None:
         self._device, self._size = device, chunk + 2 * PAGE
-        self.slab = Slab(staging_bytes(chunk, workers))
-        try:
-            device.pin(self.slab)
-        except BaseException:
-            self.slab.close()
-            raise
+        self.slab = pinned_slab(device, staging_bytes(chunk, workers))
         self._closed = False
         self._turn = [0] * workers
         self._copied: list[Event | None] = [None] * (workers * _BUFFERS)

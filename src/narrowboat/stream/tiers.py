@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from narrowboat.arena.device.interface import Device
 from narrowboat.errors import DeviceMemoryError, UsageError
@@ -63,13 +63,13 @@ def host_bytes(asked: int | None, useful: int) -> int:
     return found
 
 
-def new_budget(budget: Budget, device: Device | None, held: int) -> int | str:
+def new_budget(budget: Budget, device: Device | None, held: Callable[[], int]) -> int | str:
     """What a session's budget is to be, of its execution device.
 
     Args:
         budget: as for ``split_budget``.
         device: the execution device; None for the processor.
-        held: bytes of its memory that the session holds already.
+        held: asked for the bytes of its memory that the session holds already.
 
     Raises:
         UsageError: ``"auto"`` on a device, or a number for the host, which is fixed when streaming begins.
@@ -84,7 +84,7 @@ def new_budget(budget: Budget, device: Device | None, held: int) -> int | str:
     if main == "auto":
         raise UsageError("budget='auto' follows the host's memory: give a number of bytes for a device")
     nbytes = parse_bytes(main, what="budget")
-    check_free(device, nbytes, held)
+    check_free(device, nbytes, held())
     return nbytes
 
 

@@ -14,6 +14,7 @@ import torch
 
 from narrowboat.arena.device.access import AccessWatch
 from narrowboat.arena.device.emulated import EmulatedDevice
+from narrowboat.arena.device.find import open_device
 from narrowboat.arena.device.lanes import LaneEvent
 from narrowboat.errors import (
     BudgetError,
@@ -25,7 +26,7 @@ from narrowboat.errors import (
 )
 from narrowboat.stream.staging import Staging
 from narrowboat.tasks.execute.account import Account
-from narrowboat.tasks.execute.device_ground import DeviceGround, device_named
+from narrowboat.tasks.execute.device_ground import DeviceGround
 from narrowboat.tasks.execute.device_load import Passage, _Landing
 from narrowboat.tasks.execute.device_model import DeviceTaskModel
 from narrowboat.tasks.execute.inputs import Source
@@ -335,7 +336,7 @@ def test_a_gpu_gives_plain_pytorchs_results(nets: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     outputs: list[Any] = []
-    ground = DeviceGround(device_named("cuda"))
+    ground = DeviceGround(open_device("cuda"))
     model = ground.open("tasks_test_nets:wide", nets / "wide.safetensors", None)
     assert isinstance(model, DeviceTaskModel)
     ground.plan_mirrors({"wide": model}, None)

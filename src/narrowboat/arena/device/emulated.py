@@ -107,10 +107,14 @@ class EmulatedDevice:
             self.order.learn_all(host_agent())  # what nobody refers to, nobody uses
             self._closings.popleft()()
 
+    @property
+    def _free(self) -> int:
+        return self._capacity - self._taken - self._pool.nbytes
+
     def memory(self) -> tuple[int, int]:
         """See ``Device``."""
         self._tidy()
-        return self._capacity - self._taken - self._pool.nbytes, self._capacity
+        return self._free, self._capacity
 
     def take(self, nbytes: int) -> None:
         """Another process takes device memory; or gives it back, if negative."""
@@ -138,7 +142,7 @@ class EmulatedDevice:
         """See ``Device``."""
         self._tidy()
         with self._lock:
-            free = self._capacity - self._taken - self._pool.nbytes
+            free = self._free
             if nbytes > free:
                 raise DeviceMemoryError(
                     f"{self.name}: {format_bytes(nbytes)} more of device memory cannot be had: {format_bytes(free)} "

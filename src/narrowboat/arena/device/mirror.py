@@ -14,8 +14,8 @@ import threading
 from collections.abc import Iterator
 
 from narrowboat.arena.device.interface import Event
+from narrowboat.arena.device.pinned import pinned_slab
 from narrowboat.arena.device.slab import DeviceSlab
-from narrowboat.arena.slab import Slab
 from narrowboat.errors import DeviceLostError, DeviceMemoryError, DigestError, UsageError
 from narrowboat.quantities import format_bytes
 
@@ -44,12 +44,7 @@ class Mirror:
             raise UsageError(f"a mirror needs at least one byte, not {nbytes}")
         self.slab, self.device = slab, slab.device
         self.nbytes = min(nbytes, slab.nbytes)
-        self.host = Slab(self.nbytes)
-        try:
-            self.device.pin(self.host)
-        except BaseException:
-            self.host.close()
-            raise
+        self.host = pinned_slab(self.device, self.nbytes)
         self._stream = self.device.stream("mirror")
         self._out = 0  # chunks
         self._saved: set[int] = set()  # chunks whose bytes the mirror has

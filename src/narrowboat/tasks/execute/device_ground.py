@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from narrowboat.arena.device.emulated import GRANULARITY, EmulatedDevice
 from narrowboat.arena.device.find import open_device
 from narrowboat.arena.device.interface import Device
 from narrowboat.errors import ExecutorError, UsageError
@@ -31,19 +30,6 @@ from narrowboat.tasks.spec.schema import TasksSpec
 _READ = 1 << 20  # bytes of one read on the way to the device
 _LEAST_READ = 64 << 10
 _BUFFERS = 16  # about as many are pinned at once
-
-
-def device_named(spec: str) -> Device:
-    """The device of a description.
-
-    Raises:
-        NoDeviceError: there is none such.
-        DriverTooOldError: it lacks virtual memory.
-    """
-    choice = parse_device(spec)
-    if choice.kind != "emulated":
-        return open_device(spec)
-    return EmulatedDevice(choice.capacity, bandwidth=choice.bandwidth, granularity=choice.granularity or GRANULARITY)
 
 
 class DeviceGround(Ground):
@@ -300,7 +286,7 @@ def ground_of(settings: TasksSpec, baseline: int) -> Ground:
     """
     if settings.device == "cpu":
         return HostGround(baseline)
-    device = device_named(settings.device)
+    device = open_device(settings.device)
     return DeviceGround(
         device,
         host_budget=settings.host_budget,

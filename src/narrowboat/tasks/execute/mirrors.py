@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 
 from narrowboat.arena.device.interface import Device
+from narrowboat.arena.device.pinned import pinned_slab
 from narrowboat.arena.slab import PAGE, Slab
 from narrowboat.errors import BudgetError
 from narrowboat.quantities import format_bytes
@@ -74,14 +75,7 @@ class Mirror:
             self.offsets[unit] = at
             at += -(-sizes[unit] // PAGE) * PAGE
         self.known: object = None
-        self.slab: Slab | None = None
-        if at:
-            self.slab = Slab(at)
-            try:
-                device.pin(self.slab)
-            except BaseException:
-                self.slab.close()
-                raise
+        self.slab: Slab | None = pinned_slab(device, at) if at else None
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,8 @@ from narrowboat.arena.device.find import open_device
 from narrowboat.arena.device.interface import Device
 from narrowboat.arena.standin import is_streamed
 from narrowboat.errors import UsageError
-from narrowboat.machine.memory import memory_limits
-from narrowboat.quantities import format_bytes, parse_bytes
-
-log = logging.getLogger("narrowboat")
+from narrowboat.quantities import parse_bytes
+from narrowboat.stream.tiers import host_bytes
 
 
 def device_of(model: nn.Module, given: str | torch.device | Device | None) -> Device | None:
@@ -100,11 +98,7 @@ class Amounts:
 
     def host_bytes(self) -> int:
         """Bytes of host memory that may be pinned: what was said, or half of what the host can spare now."""
-        if self.host is not None:
-            return self.host
-        found = memory_limits().available // 2
-        log.info("budget for cpu: %s, half of what the host can spare", format_bytes(found))
-        return found
+        return host_bytes(self.host, sys.maxsize)
 
 
 def _host_bytes(value: Any) -> int:

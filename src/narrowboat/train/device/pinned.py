@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from narrowboat.arena.device.interface import Device
+from narrowboat.arena.device.pinned import pinned_slab
 from narrowboat.arena.slab import Slab
 from narrowboat.train.spill_slots import Slots, rounded
 
@@ -41,12 +42,7 @@ class PinnedRoom:
             StorageError: the system has no such memory to give; there is no room then.
         """
         self.close()
-        slab = Slab(rounded(nbytes))
-        try:
-            self._device.pin(slab)
-        except BaseException:
-            slab.close()
-            raise
+        slab = pinned_slab(self._device, rounded(nbytes))
         self._slab, self.nbytes = slab, slab.nbytes
         self._slots.grow(slab.nbytes)
 

@@ -165,6 +165,7 @@ class _Builder:
         self._spilling = self._units_that_spill()
 
     def build(self) -> TrainingChain:
+        """The tape in units, each with what it can do about its bytes and what that costs."""
         names = unit_names(self._tape, self._cuts)
         units, options = [], []
         for index in range(self._count):

@@ -160,6 +160,119 @@ class ExecutorError(NarrowboatError):
     """The process that runs the tasks ended by itself, or could not be started."""
 
 
+class ServeError(NarrowboatError):
+    """The gateway cannot be started, or cannot go on; base of those below that are no client's."""
+
+
+class PortInUseError(ServeError):
+    """Another program listens on the address."""
+
+
+class CertificateError(ServeError):
+    """A certificate or its key is missing, unreadable, expired, or not of one another."""
+
+
+class TokenFileError(ServeError):
+    """A file of bearer tokens is missing, can be read by others, or is not written as it should be."""
+
+
+class InsecureAddressError(ServeError, UsageError):
+    """An address that others can reach was asked for without tokens or without TLS."""
+
+
+class RequestError(ServeError):
+    """What one client asked was refused; base of those below.
+
+    Attributes:
+        status: of HTTP.
+        grpc: name of the gRPC status code.
+        retry_after: seconds after which to try again; None where that would not help.
+        details: for machines, beside the message.
+    """
+
+    status = 400
+    grpc = "INVALID_ARGUMENT"
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, details: dict[str, object] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.details = details or {}
+
+
+class BadRequestError(RequestError):
+    """A request that cannot be understood: no JSON, wrong shape, wrong data type, missing tensors."""
+
+
+class ProtocolVersionError(RequestError):
+    """A client speaks another protocol, or an older one."""
+
+
+class UnauthorizedError(RequestError):
+    """No bearer token, or one that is not known."""
+
+    status, grpc = 401, "UNAUTHENTICATED"
+
+
+class ForbiddenError(RequestError):
+    """The token lacks the right; or a path, host or origin that is not allowed."""
+
+    status, grpc = 403, "PERMISSION_DENIED"
+
+
+class NoSuchTaskError(RequestError):
+    """There is no such task, version or path."""
+
+    status, grpc = 404, "NOT_FOUND"
+
+
+class RequestTimeoutError(RequestError):
+    """The client sent its request too slowly."""
+
+    status, grpc = 408, "DEADLINE_EXCEEDED"
+
+
+class ConflictError(RequestError):
+    """A change was refused; nothing was changed. ``details`` holds the reasons and what would help."""
+
+    status, grpc = 409, "FAILED_PRECONDITION"
+
+
+class TasksChangedError(ConflictError):
+    """The file of tasks is not the one that was read when the gateway started."""
+
+
+class TooLargeError(RequestError):
+    """A body or a tensor above the limit."""
+
+    status, grpc = 413, "RESOURCE_EXHAUSTED"
+
+
+class BeyondContractError(RequestError):
+    """More than the task's contract, or the client's rate or concurrency, allows; ``retry_after`` says when."""
+
+    status, grpc = 429, "RESOURCE_EXHAUSTED"
+
+
+class JobFailedError(RequestError):
+    """The network failed on this input."""
+
+    status, grpc = 500, "INTERNAL"
+
+
+class NotServingError(RequestError):
+    """Nothing is let in now: starting, restarting after a crash, draining, or the task is not admitted."""
+
+    status, grpc = 503, "UNAVAILABLE"
+
+
+class ExpiredError(RequestError):
+    """The request's deadline passed before its work began, or at a boundary; it was dropped."""
+
+    status, grpc = 504, "DEADLINE_EXCEEDED"
+
+
 class TrainingError(NarrowboatError):
     """A training step cannot be made, or could not be carried out; the model is as it was before the step."""
 

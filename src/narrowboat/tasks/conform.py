@@ -252,9 +252,10 @@ class _Replay:
 
     def _key(self, job: JobRecord) -> tuple[Any, ...]:
         task = self.tasks[job.task]
+        standing = (False, 0) if task["guaranteed"] else (True, job.rank)
         if self.setup["policy"] != "fp":
-            return (not task["guaranteed"], job.due, task["index"], job.number)
-        return (not task["guaranteed"], -task["priority"], job.release, task["index"], job.number)
+            return (*standing, job.due, task["index"], job.number)
+        return (*standing, -task["priority"], job.release, task["index"], job.number)
 
     def _starts(self) -> Iterator[_Boundary]:
         busy_until = 0

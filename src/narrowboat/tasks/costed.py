@@ -143,6 +143,18 @@ def always_bytes(tasks: Sequence[CostedTask], *, keep: bool) -> int:
     return sum(task.fixed_bytes for task in tasks) + int(heap * _STIRRED)
 
 
+def burst_of(spec: TaskSpec) -> int:
+    """Jobs that may wait at once."""
+    if spec.contract is not None:
+        return spec.contract.burst
+    return 1 + -(-spec.jitter // spec.step)
+
+
+def slots_of(spec: TaskSpec) -> int:
+    """Jobs whose tensors are in shared memory at once: those that wait, one that is told, and one that is read."""
+    return burst_of(spec) + 2
+
+
 def arrival_of(spec: TaskSpec) -> Arrival:
     """The contract by which jobs arrive."""
     if spec.contract is not None:

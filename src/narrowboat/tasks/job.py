@@ -65,6 +65,7 @@ class Job:
         computed: blocks computed so far, in order.
         started: when its first segment began; None if it has not.
         degraded: it is over its budget and goes on as best effort.
+        rank: among jobs that are promised nothing, smaller first.
     """
 
     task: TaskFacts
@@ -74,11 +75,17 @@ class Job:
     computed: int = 0
     started: int | None = None
     degraded: bool = False
+    rank: int = 0
 
     @property
     def promised(self) -> bool:
         """Whether it goes before all that is best effort."""
         return self.task.guaranteed and not self.degraded
+
+    @property
+    def standing(self) -> tuple[bool, int]:
+        """What comes before a policy's own order: best effort after all that is promised, and by rank."""
+        return (False, 0) if self.promised else (True, self.rank)
 
     @property
     def due(self) -> int:

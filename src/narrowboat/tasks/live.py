@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +16,9 @@ from narrowboat.errors import ExecutorError, NarrowboatError, UsageError
 from narrowboat.quantities import parse_bytes
 from narrowboat.tasks.admission import Verdict
 from narrowboat.tasks.execute.client import Child, error_told
-from narrowboat.tasks.execute.wire import from_wire, to_wire
+from narrowboat.tasks.execute.exchange import Exchange
 from narrowboat.tasks.measure import request
+from narrowboat.tasks.offers import LOST, Delivery, Form, Offers
 from narrowboat.tasks.record import Record
 from narrowboat.tasks.task_set import TaskSet
 from narrowboat.tasks.transition import Transition, plan_change
@@ -61,32 +64,64 @@ class LiveRun:
         task_set: admitted.
         seconds: for how long jobs are released; None until it is stopped.
         on_tick: called with pictures.
+        keep: of jobs and block segments the record holds so many, the last ones; None for all, which a run without
+            an end has no memory for.
+        collected: somebody else calls :meth:`collect` whenever one of ``descriptors`` can be read.
 
     Attributes:
         task_set: in force now.
+        offers: of jobs, by their tensors' bytes; :meth:`submit` is the same for PyTorch's tensors.
+        descriptors: that can be read when there are answers or pictures.
+        granted: what the system granted the executor's threads.
     """
 
-    def __init__(self, task_set: TaskSet, seconds: float | None, on_tick: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        task_set: TaskSet,
+        seconds: float | None,
+        on_tick: Callable[[dict[str, Any]], None],
+        *,
+        keep: int | None = None,
+        collected: bool = False,
+    ) -> None:
         self.task_set = task_set
+        self.granted: dict[str, Any] = {}
         self._tell, self._on_tick = task_set.tell, on_tick
         self._numbers = itertools.count()
-        self._answers: dict[int, tuple[str, Future[Answer]]] = {}
         self._changes: dict[int, Future[None]] = {}
         self._changing = threading.Lock()
         self._started: Future[None] = Future()
         self._ended: Future[Record] = Future()
-        self._child = Child(self._asked(task_set, "run", seconds=seconds))
+        self._exchange = Exchange.create()
+        self._gone = os.eventfd(0, os.EFD_NONBLOCK)
+        self.descriptors = (self._exchange.answers.items, self._exchange.events.items)
+        self.offers = Offers(self._exchange)
+        self._collector: threading.Thread | None = None
+        try:
+            forms = self._forms(task_set)
+            self.offers.put_in_force(forms)
+            self._child = Child(self._asked(task_set, forms, "run", seconds=seconds, keep=keep), self._exchange)
+        except BaseException:
+            self._release()
+            raise
         self._thread = threading.Thread(target=self._listen, name="narrowboat-run", daemon=True)
         self._thread.start()
+        if not collected:
+            self._collector = threading.Thread(target=self._collect, name="narrowboat-answers", daemon=True)
+            self._collector.start()
         try:
             self._started.result()
         except BaseException:
             self.close()
             raise
 
+    def _forms(self, task_set: TaskSet) -> dict[str, Form]:
+        return self.offers.forms_for(task_set.settings.tasks, task_set.about("signatures"))
+
     @staticmethod
-    def _asked(task_set: TaskSet, do: str, **more: Any) -> dict[str, Any]:
-        return request(task_set.settings, task_set.folder, do, **task_set.arrangement(), **more)
+    def _asked(task_set: TaskSet, forms: Mapping[str, Form], do: str, **more: Any) -> dict[str, Any]:
+        written = {form.number: form.signature.as_json() for form in forms.values()}
+        return request(task_set.settings, task_set.folder, do, **task_set.arrangement(), forms=written, **more)
 
     # -- what is asked ---------------------------------------------------------------------------------
 
@@ -112,12 +147,38 @@ class LiveRun:
             raise UsageError(f"there is no task {task!r}; there are {names}")
         if spec.input is None or spec.input.queue is None:
             raise UsageError(f"task {task!r} takes its inputs itself; give it `input: {{queue: NAME}}`")
-        structure, payload = to_wire(list(inputs))
-        number, future = next(self._numbers), Future[Answer]()
-        self._answers[number] = task, future
-        self._need_running()  # from here on whoever hears of the end sees the future
-        self._child.tell({"do": "offer", "ticket": number, "task": task, "inputs": structure}, payload)
+        from narrowboat.tasks.execute.wire import join, lay_down, over, shapes, spec_of, split
+
+        structure, tensors = split(list(inputs))
+        self._need_running()
+        signature, future = self.offers.signature(task), Future[Answer]()
+        given = shapes(structure, [spec_of("", tensor) for tensor in tensors])
+        wanted = shapes(signature.takes, signature.inputs)
+        if given != wanted:  # inputs of another shape cost something else than was analysed
+            cause = f"the task was analysed for inputs {wanted}, and these are {given}"
+            future.set_result(Answer(None, "failed", cause, 0, 0, None, self._bound(task)))
+            return future
+
+        def write(memory: memoryview, offsets: Sequence[int]) -> None:
+            for tensor, offset, into in zip(tensors, offsets, signature.inputs, strict=True):
+                lay_down(tensor, memory, offset, into)
+
+        def ended(told: Delivery) -> None:
+            if told.outcome == LOST:
+                future.set_exception(ExecutorError(told.cause))
+                return
+            output = None
+            if told.finish is not None:
+                found = [over(memoryview(bytearray(data)), 0, spec) for spec, data in told.outputs]
+                output = join(told.gives, found) if told.gives is not None else None
+            times = (told.release, told.due, told.finish)
+            future.set_result(Answer(output, told.outcome, told.cause, *times, self._bound(task)))
+
+        self.offers.offer(task, write, ended)
         return future
+
+    def _bound(self, task: str) -> int | None:
+        return next((told.bound for told in self.task_set.admit().tasks if told.name == task), None)
 
     def change(self, new: TaskSet) -> Verdict:
         """Go on with other tasks, or another budget, if admission allows it; returns when they are in force.
@@ -156,8 +217,10 @@ class LiveRun:
         number, future = next(self._numbers), Future[None]()
         self._changes[number] = future
         self._need_running()
+        forms = self._forms(transition.to)
         asked = self._asked(
             transition.to,
+            forms,
             "change",
             number=number,
             prepare_bytes=0 if transition.room is not None else transition.prepare_bytes,
@@ -167,7 +230,12 @@ class LiveRun:
         if budget is not None:
             asked["settings"]["budget"] = asked["setup"]["budget_bytes"] = budget
         self._child.tell(asked)
-        future.result()
+        try:
+            future.result()
+        except BaseException:
+            self.offers.give_up(forms)
+            raise
+        self.offers.put_in_force(forms)
 
     def set_budget(self, budget: int | str) -> Verdict:
         """The same tasks in another number of bytes. See :meth:`change`."""
@@ -190,6 +258,20 @@ class LiveRun:
         return self._ended.result(timeout)
 
     @property
+    def ended(self) -> Future[Record]:
+        """The record, once it has ended; or the ExecutorError."""
+        return self._ended
+
+    def kill(self) -> None:
+        """End the process; :meth:`close` is still to be called."""
+        self._child.process.kill()
+
+    @property
+    def pid(self) -> int:
+        """Of the executor's process."""
+        return self._child.process.pid
+
+    @property
     def running(self) -> bool:
         """Whether it has not ended."""
         return not self._ended.done()
@@ -205,43 +287,50 @@ class LiveRun:
         try:
             record = Record()
             for event in self._child.events():
-                if event["event"] == "done":
-                    record = Record.from_json(json.loads(event["payload"]))
+                if event["event"] == "done" and event["record"] is not None:
+                    record = Record.from_json(event["record"])
                 self._heard(event)
         except BaseException as error:
             told = error if isinstance(error, NarrowboatError) else ExecutorError(f"the run was lost: {error!r}")
+            self.offers.end(ExecutorError(str(told)))
             self._ended.set_exception(told)
             if not self._started.done():
                 self._started.set_exception(told)
         else:
+            if self._collector is not None:
+                os.eventfd_write(self._gone, 1)
+                self._collector.join()
             self._ended.set_result(record)
         self._fail_open(ExecutorError("the run has ended"))
+
+    def _collect(self) -> None:
+        """The thread that collects, where nobody else does."""
+        while select.select([*self.descriptors, self._gone], [], [])[0] != [self._gone]:
+            self.collect()
+
+    def collect(self) -> None:
+        """Take what the executor has told: answers, whose receivers are called from here, and pictures."""
+        self.offers.collect()
+        for message in self._exchange.events.take():
+            self._on_tick(json.loads(message))
 
     def _heard(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "progress":
             self._tell(event["said"])
-        elif kind == "tick":
-            self._on_tick(event)
         elif kind == "started":
+            self.granted = event["real_time"]
             self._started.set_result(None)
         elif kind == "changed":
             self._changes.pop(event["number"]).set_result(None)
         elif kind == "refused":
             self._changes.pop(event["number"]).set_exception(error_told(event))
-        elif kind == "answer":
-            task, future = self._answers.pop(event["ticket"])
-            output = from_wire(event["output"], event.get("payload", b"")) if event["output"] is not None else None
-            bound = next((t.bound for t in self.task_set.admit().tasks if t.name == task), None)
-            times = (event["release_us"], event["due_us"], event["finish_us"])
-            future.set_result(Answer(output, event["outcome"], event["cause"], *times, bound))
 
     def _fail_open(self, error: ExecutorError) -> None:
-        waiting: list[Future[Any]] = [*(future for _, future in self._answers.values()), *self._changes.values()]
-        for future in waiting:
+        self.offers.end(error)
+        for future in list(self._changes.values()):
             if not future.done():
                 future.set_exception(error)
-        self._answers.clear()
         self._changes.clear()
 
     def close(self) -> None:
@@ -249,6 +338,17 @@ class LiveRun:
         self._child.process.kill()
         self._thread.join()
         self._child.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._gone < 0:
+            return
+        if self._collector is not None and self._collector is not threading.current_thread():
+            os.eventfd_write(self._gone, 1)
+            self._collector.join()
+        self._exchange.close()
+        os.close(self._gone)
+        self._gone = -1
 
     def __enter__(self) -> LiveRun:
         return self

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from narrowboat.errors import UsageError
 from narrowboat.tasks.analysis.model import Block
-from narrowboat.tasks.costed import CostedTask, described
-from narrowboat.tasks.spec.schema import TasksSpec
+from narrowboat.tasks.costed import CostedTask, described, slots_of
+from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
+from narrowboat.tasks.tensors import Signature
 
 
 def request(settings: TasksSpec, folder: Path, do: str, **more: Any) -> dict[str, Any]:
@@ -47,20 +49,58 @@ def measure_tasks(
                 tell(event["said"])
             elif event["event"] == "measured":
                 told = event
+    told["names"] = {network_key(spec): spec.name for spec in models.tasks}
     tasks, chunk = [], 0
     for spec in settings.tasks:
-        if spec.blocks is not None:
-            tasks.append(described(spec))
-            continue
-        digest = told["digests"][spec.name]
-        cost = told["costs"][digest]
-        units = tuple(_unit(unit, settings.margin) for unit in cost["units"])
-        every = frozenset(k for k, unit in enumerate(units) if unit.nbytes) if spec.pinned else frozenset()
-        samples = np.ceil(np.array(cost["samples"], dtype=float) * settings.margin).astype(np.int64)
-        held = told["held"][spec.name]
-        tasks.append(CostedTask(spec, units, network=digest, pins=every, samples=samples, **held))
-        chunk = max(chunk, _chunk(cost, told["chunk_bytes"][spec.name], settings.margin))
+        tasks.append(costed_as_measured(spec, settings, told))
+        if spec.blocks is None:
+            cost = told["costs"][told["digests"][spec.name]]
+            chunk = max(chunk, _chunk(cost, told["chunk_bytes"][spec.name], settings.margin))
     return tasks, chunk, told
+
+
+def costed_as_measured(spec: TaskSpec, settings: TasksSpec, told: Mapping[str, Any]) -> CostedTask:
+    """A task whose network has been measured, if under another task's name; or one that is described by blocks.
+
+    Args:
+        spec: of the task.
+        settings: margin and device.
+        told: what measuring told.
+
+    Raises:
+        UsageError: its network has not been measured.
+    """
+    if spec.blocks is not None:
+        return described(spec)
+    name = name_measured(spec, told)
+    digest = told["digests"][name]
+    cost = told["costs"][digest]
+    units = tuple(_unit(unit, settings.margin) for unit in cost["units"])
+    every = frozenset(k for k, unit in enumerate(units) if unit.nbytes) if spec.pinned else frozenset()
+    samples = np.ceil(np.array(cost["samples"], dtype=float) * settings.margin).astype(np.int64)
+    held = dict(told["held"][name])
+    if settings.device == "cpu":
+        held["fixed_bytes"] += _shared_bytes(spec, told["signatures"][name])
+    return CostedTask(spec, units, network=digest, pins=every, samples=samples, **held)
+
+
+def name_measured(spec: TaskSpec, told: Mapping[str, Any]) -> str:
+    """The task under whose name a model's network was measured.
+
+    Raises:
+        UsageError: it was not.
+    """
+    name = told.get("names", {}).get(network_key(spec))
+    if name is None:
+        raise UsageError(f"nothing is known of {spec.name} here: make a TaskSet of that description")
+    return str(name)
+
+
+def _shared_bytes(spec: TaskSpec, signature: dict[str, Any]) -> int:
+    """Of the memory through which a queue's tensors come and go: all slots are taken to be in use."""
+    if spec.input is None or spec.input.queue is None or "error" in signature:
+        return 0
+    return slots_of(spec) * Signature.from_json(signature).slot_bytes
 
 
 def _unit(told: dict[str, Any], margin: float) -> Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,14 @@ from narrowboat.tasks.record_check import problem, problem_of_changes
 FORMAT = "narrowboat tasks trace 2"
 _NEVER = 1 << 62
 BEYOND = "beyond its contract"  # begins the cause of jobs that were not let in
+EXPIRED = "its deadline had passed before it began"
+UNWANTED = "its client had no more use for it"
+WITHDRAWN = "its client has gone"
+
+
+def beyond(wait: int) -> str:
+    """The cause; ``wait`` microseconds until the next may come."""
+    return f"{BEYOND}: the next may come in {wait / 1e6:.6g} s"
 
 
 @dataclass(slots=True)
@@ -56,6 +64,8 @@ class JobRecord:
         preemptions: times another job went in between.
         outcome: "done", "late", "skipped", "aborted", "failed" or "unfinished".
         cause: why it is not "done"; empty otherwise.
+        rank: among jobs that are promised nothing, smaller goes first.
+        wait: where it came beyond its contract, microseconds until the next may come.
     """
 
     task: str
@@ -67,6 +77,8 @@ class JobRecord:
     preemptions: int = 0
     outcome: str = "unfinished"
     cause: str = ""
+    rank: int = 0
+    wait: int = 0
 
     @property
     def response(self) -> int | None:
@@ -108,9 +120,9 @@ class Record:
     """
 
     setup: dict[str, Any] = field(default_factory=dict)
-    jobs: list[JobRecord] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    memory: list[tuple[int, int]] = field(default_factory=list)
+    jobs: MutableSequence[JobRecord] = field(default_factory=list)
+    segments: MutableSequence[Segment] = field(default_factory=list)
+    memory: MutableSequence[tuple[int, int]] = field(default_factory=list)
     end: int = 0
     premises: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)

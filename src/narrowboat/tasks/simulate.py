@@ -128,7 +128,7 @@ class Simulation:
                 self._release(*following)
                 following = next(coming, None)
         self.record.end = view.now
-        self.record.jobs.sort(key=lambda job: (job.release, job.task))
+        self.record.jobs = sorted(self.record.jobs, key=lambda job: (job.release, job.task))
         return self.record
 
     def _release(self, when: int, task: TaskFacts) -> None:

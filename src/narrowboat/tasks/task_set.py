@@ -82,12 +82,17 @@ class TaskSet:
                 self._costed, self.chunk, self.measured = measure_tasks(
                     self.settings, self.folder, self.tell, cached_only=not self.measures
                 )
-                if not self.settings.overhead:  # unsaid: as measured
-                    overhead = max(cost["overhead_us"] for cost in self.measured["costs"].values())
-                    self.settings = self.settings.model_copy(update={"overhead": overhead})
+                self.settings = self._with_overhead(self.settings)
             else:
                 self._costed = [described(task) for task in self.settings.tasks]
         return self._costed
+
+    def _with_overhead(self, settings: TasksSpec) -> TasksSpec:
+        """Unsaid: as measured."""
+        if settings.overhead or not self.measured:
+            return settings
+        overhead = max(cost["overhead_us"] for cost in self.measured["costs"].values())
+        return settings.model_copy(update={"overhead": overhead})
 
     @property
     def allocation(self) -> Allocation:
@@ -253,7 +258,7 @@ class TaskSet:
             },
             "pool_bytes": self.pool_bytes,
             "prefetch": prefetches(self.settings, self.costed),
-            "mirrors": self.measured.get("mirrors", {}),
+            "mirrors": self.about("mirrors"),
             "setup": self.setup(facts),
         }
 
@@ -267,23 +272,32 @@ class TaskSet:
         """The same networks under another description; nothing is measured again.
 
         Args:
-            settings: the description; its tasks run networks of this set.
+            settings: the description; its tasks run networks that were measured for this set, under any name.
             tasks: with their blocks and pins as they are to be; None to allocate anew.
 
         Raises:
-            UsageError: it names a task that this set does not have.
+            UsageError: it names a network that this set does not know.
         """
-        made = TaskSet(settings, self.folder)
+        from narrowboat.tasks.measure import costed_as_measured
+
+        self.costed  # noqa: B018 - measures, if that has not been done
+        made = TaskSet(self._with_overhead(settings), self.folder)
         made.tell, made.chunk, made.measured = self.tell, self.chunk, self.measured
-        by_name = {task.name: task for task in (tasks if tasks is not None else self.costed)}
-        unknown = [spec.name for spec in settings.tasks if spec.name not in by_name]
-        if unknown:
-            raise UsageError(f"nothing is known of {', '.join(unknown)} here: make a TaskSet of that description")
-        costed = [replace(by_name[spec.name], spec=spec) for spec in settings.tasks]
-        made._costed = costed
+        costed = [costed_as_measured(spec, made.settings, self.measured) for spec in settings.tasks]
         if tasks is not None:
-            made._allocation = as_described(costed, settings, "as before")
+            by_name = {task.name: task for task in tasks}
+            costed = [replace(c, pins=by_name[c.name].pins, ends=by_name[c.name].ends) for c in costed]
+            made._allocation = as_described(costed, made.settings, "as before")
+        made._costed = costed
         return made
+
+    def about(self, what: str) -> dict[str, Any]:
+        """What measuring told of each model: ``signatures``, ``images``, ``mirrors``; by the name of the task."""
+        from narrowboat.tasks.measure import name_measured
+
+        told = self.measured.get(what, {})
+        named = [(s.name, name_measured(s, self.measured)) for s in self.settings.tasks if s.blocks is None]
+        return {name: told[measured] for name, measured in named if measured in told}
 
     def setup(self, facts: list[TaskFacts]) -> dict[str, Any]:
         """What a run assumes, for its record."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from narrowboat.errors import ModelError, NarrowboatError, UsageError
 from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.model import IMAGENET_MEAN, IMAGENET_STD
+from narrowboat.zoo.text import TextModel
+from narrowboat.zoo.text_facts import parse_text
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +51,18 @@ class ResolvedModel:
 def resolve_model(spec: str) -> ResolvedModel:
     """Open a Hugging Face folder, or import ``package.module:factory``; modules in the current folder are found too.
 
+    A folder may be used for text: ``text:FOLDER?window=64``, ``embed:FOLDER?window=128``.
+
     Raises:
         UsageError: not of that form, no such module, no such name in it, or not callable.
         ModelError: the module fails while it is imported, or its ``example_inputs`` does.
     """
+    text = parse_text(spec)
+    if text is not None:
+        model = TextModel(text)
+        if not (model.folder / "config.json").is_file():
+            raise UsageError(f"{spec!r}: {model.folder} is no Hugging Face folder, which has a config.json")
+        return ResolvedModel(spec, model, _example(spec, model), IMAGENET_MEAN, IMAGENET_STD)
     module_name, colon, attribute = spec.partition(":")
     if (Path(spec).expanduser() / "config.json").is_file():
         folder = FolderModel(Path(spec).expanduser())

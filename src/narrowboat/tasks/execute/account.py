@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import MutableSequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from narrowboat.tasks.execute.figures import spread
 from narrowboat.tasks.execute.ground import Ground
-from narrowboat.tasks.policy.action import Action, Engine, View
+from narrowboat.tasks.policy.action import Action, Engine
 from narrowboat.tasks.record import Change, JobRecord, Record, Segment
 
 _CHANGE = 1 << 16  # bytes by which memory changes before that is written down
 _TOLD = 20  # overruns told in full
+_NEWS = 192  # jobs, and segments, that are told to whoever watches between two looks
+
+
+@dataclass
+class News:
+    """What has happened since somebody last looked; beyond a number only how many.
+
+    Attributes:
+        jobs: that ended.
+        segments: of the engines.
+        jobs_lost, segments_lost: that are not listed.
+        late_wake: the largest microseconds by which a job was released late.
+    """
+
+    jobs: list[JobRecord] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    jobs_lost: int = 0
+    segments_lost: int = 0
+    late_wake: int = 0
 
 
 class Account:
@@ -19,30 +41,46 @@ class Account:
     Args:
         budget: bytes over the baseline.
         ground: where the tasks run, and what they hold there.
+        keep: jobs, segments and the like that the record holds, the last ones; None for all.
 
     Attributes:
         record: jobs, segments, memory.
         overheads: microseconds between the end of what ran and the beginning of what follows.
         late_wakes: microseconds by which jobs were released late.
-        overruns: segments over their budgets.
+        first_overruns: of the segments over their budgets.
         held_bytes: over the baseline, as last seen.
+        counters: of what happened: overruns, prefetches by what became of them.
+        tally: jobs done and missed, and the least slack, by task.
+        busy: microseconds that each engine worked.
     """
 
-    def __init__(self, budget: int, ground: Ground) -> None:
+    def __init__(self, budget: int, ground: Ground, keep: int | None = None) -> None:
         self.budget, self._ground = budget, ground
         self.record = Record()
-        self.overheads: list[int] = []
-        self.late_wakes: list[int] = []
-        self.overruns: list[dict[str, Any]] = []
+        self.overheads: MutableSequence[int] = []
+        self.late_wakes: MutableSequence[int] = []
+        if keep is not None:
+            self.record = Record(jobs=deque(maxlen=keep), segments=deque(maxlen=keep), memory=deque(maxlen=keep))
+            self.overheads, self.late_wakes = deque(maxlen=keep), deque(maxlen=keep)
+        self.first_overruns: list[dict[str, Any]] = []
         self.held_bytes = 0
+        self.counters: Counter[str] = Counter()
+        self.tally: dict[str, dict[str, int]] = {}
+        self.busy = {engine.value: 0 for engine in Engine}
         self._resumed = 0
-        self._tally: dict[str, dict[str, int]] = {}
-        self._busy = {engine.value: 0 for engine in Engine}
+        self._news = News()
+
+    def news(self) -> News:
+        """Since the last time; for one who watches."""
+        told, self._news = self._news, News()
+        return told
 
     def released(self, told: JobRecord, now: int) -> None:
         """A job has come, and is seen ``now``."""
         self.record.jobs.append(told)
-        self.late_wakes.append(now - max(told.release, self._resumed))
+        late = now - max(told.release, self._resumed)
+        self.late_wakes.append(late)
+        self._news.late_wake = max(self._news.late_wake, late)
 
     def ended(self, told: JobRecord, now: int, outcome: str, cause: str = "") -> None:
         """A job has come to its end, whatever that is."""
@@ -52,22 +90,31 @@ class Account:
         if outcome in ("done", "late"):
             told.finish = now
             tally["slack_us"] = min(tally.get("slack_us", told.due - now), told.due - now)
+        if len(self._news.jobs) < _NEWS:
+            self._news.jobs.append(told)
+        else:
+            self._news.jobs_lost += 1
 
     def _of(self, task: str) -> dict[str, int]:
-        return self._tally.setdefault(task, {"done": 0, "missed": 0})
+        return self.tally.setdefault(task, {"done": 0, "missed": 0})
 
     def segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
         """An engine has ended what it was at."""
         number = action.job.number if action.job is not None else -1
-        self._busy[engine.value] += end - begin
-        self.record.segments.append(
-            Segment(engine.value, what, action.task.name, number, action.block, begin, end, action.nbytes)
-        )
+        self.busy[engine.value] += end - begin
+        made = Segment(engine.value, what, action.task.name, number, action.block, begin, end, action.nbytes)
+        self.record.segments.append(made)
+        if len(self._news.segments) < _NEWS:
+            self._news.segments.append(made)
+        else:
+            self._news.segments_lost += 1
 
     def overrun(self, task: str, job: int, engine: str, block: int, took: int, budget: int) -> None:
         """A segment took longer than it was allowed."""
-        told = {"task": task, "job": job, "engine": engine, "block": block}
-        self.overruns.append({**told, "took_us": took, "budget_us": budget})
+        self.counters["overruns"] += 1
+        if len(self.first_overruns) < _TOLD:
+            told = {"task": task, "job": job, "engine": engine, "block": block}
+            self.first_overruns.append({**told, "took_us": took, "budget_us": budget})
 
     def look(self, now: int) -> None:
         """Write memory down if it has changed; give the heap's holes back if it is too much."""
@@ -85,23 +132,6 @@ class Account:
         self._ground.reset_peak()
         self.budget, self._resumed = budget, end
 
-    def picture(self, view: View, now: int) -> dict[str, Any]:
-        """Now, for whoever watches."""
-        tasks: dict[str, dict[str, int]] = {name: dict(told) for name, told in self._tally.items()}
-        for job in view.pending:
-            if job.started is not None:
-                told = tasks.setdefault(job.task.name, {})
-                told["held_bytes"] = sum(job.task.nbytes[job.computed : job.loaded])
-        return {
-            "now_us": now,
-            "doing": {e.value: f"{a.task.name} block {a.block}" for e, a in view.doing.items()},
-            "pending": [f"{job.task.name} #{job.number}" for job in view.pending],
-            "held_bytes": self.held_bytes,
-            "budget_bytes": self.budget,
-            "busy": {engine: spent / max(now, 1) for engine, spent in self._busy.items()},
-            "tasks": tasks,
-        }
-
     def premises(self, **more: Any) -> dict[str, Any]:
         """What the analysis rests on, as it was seen; ``more`` is known to others."""
         return {
@@ -109,6 +139,11 @@ class Account:
             "peak_bytes": self._ground.peak(),
             "boundary_overhead_us": spread(self.overheads),
             "release_lateness_us": spread(self.late_wakes),
-            "overruns": len(self.overruns),
-            "first_overruns": self.overruns[:_TOLD],
+            "overruns": self.counters["overruns"],
+            "first_overruns": self.first_overruns,
         }
+
+    @property
+    def peak_bytes(self) -> int:
+        """Over the baseline, since the last change."""
+        return self._ground.peak()

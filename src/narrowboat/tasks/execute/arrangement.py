@@ -52,6 +52,27 @@ class Arrangement:
             placement = self.placements[model]
             model.arrange(space.pool, placement.ends, placement.pins)
 
+    def succeed(self, before: Mapping[str, Running], now: int) -> list[Running]:
+        """Its tasks take the place of those of the same names; who needs a thread of its own is told.
+
+        Args:
+            before: the tasks there were, by name; those that are gone end.
+            now: time of the run.
+        """
+        gone, need = dict(before), []
+        for task in self.tasks:
+            predecessor = gone.pop(task.facts.name, None)
+            if predecessor is task:
+                continue
+            task.begin(now, predecessor)
+            if task.worker is None:
+                need.append(task)
+        for each in gone.values():
+            if each.worker is not None:
+                each.worker.stop()
+                each.worker = None
+        return need
+
 
 @dataclass(eq=False)
 class Switch:

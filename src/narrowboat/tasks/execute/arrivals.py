@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from narrowboat.errors import NarrowboatError
@@ -10,7 +11,25 @@ from narrowboat.tasks.execute.account import Account
 from narrowboat.tasks.execute.inputs import InputsEndedError
 from narrowboat.tasks.execute.running import OnEnd, Running, Underway
 from narrowboat.tasks.job import Job
-from narrowboat.tasks.record import BEYOND, JobRecord
+from narrowboat.tasks.record import JobRecord, beyond
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a client asks beside the answer.
+
+    Attributes:
+        ticket: by which it may withdraw.
+        patience: microseconds after which the answer is of no use; None for the task's deadline only.
+        rank: among jobs that are promised nothing, smaller first.
+    """
+
+    ticket: int | None = None
+    patience: int | None = None
+    rank: int = 0
+
+
+NO_WISH = Wish()
 
 
 class Arrivals:
@@ -100,7 +119,7 @@ class Arrivals:
         if refused:
             self._account.ended(told, now, "skipped", refused)
 
-    def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd, now: int) -> bool:
+    def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd, now: int, wish: Wish) -> bool:
         """An input has come; True if it was let in. See ``Executor.offer``."""
         task = self.by_name.get(name)
         if task is None or not task.queued or task.ended:
@@ -109,14 +128,16 @@ class Arrivals:
             return False
         wait = task.bucket.wait(now)
         job, told = _job(task, now)
+        job.rank, told.rank, told.wait = wish.rank, wish.rank, wait
         self._account.released(told, now)
-        refused = f"{BEYOND}: the next may come in {wait / 1e6:.6g} s" if wait else self._refused(task)
+        refused = beyond(wait) if wait else self._refused(task)
         if refused:
             self._account.ended(told, now, "skipped", refused)
             then(told, None)
             return False
         task.bucket.take(now)
-        self._let_in(job, Underway(told, inputs, then))
+        expires = None if wish.patience is None else now + wish.patience
+        self._let_in(job, Underway(told, inputs, then, ticket=wish.ticket, expires=expires))
         return True
 
     def _let_in(self, job: Job, under: Underway) -> None:

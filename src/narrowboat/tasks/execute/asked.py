@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from narrowboat.errors import ExecutorError
-from narrowboat.tasks.costed import arrival_of
+from narrowboat.tasks.costed import arrival_of, burst_of
 from narrowboat.tasks.execute.arrangement import Arrangement
 from narrowboat.tasks.execute.inputs import source_of
 from narrowboat.tasks.execute.model import Placement, TaskModel
@@ -16,7 +16,7 @@ from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
 from narrowboat.tasks.spec.load import tasks_from
-from narrowboat.tasks.spec.schema import TaskSpec
+from narrowboat.tasks.tensors import Signature
 
 
 def arrangement_of(
@@ -58,7 +58,7 @@ def arrangement_of(
                 model,
                 source,
                 spec.offset,
-                _burst(spec),
+                burst_of(spec),
                 spec.overrun,
                 queued=spec.input is not None and spec.input.queue is not None,
                 jitter=arrival_of(spec).jitter,
@@ -71,12 +71,11 @@ def arrangement_of(
     return Arrangement(tasks, policy, settings.budget, request["pool_bytes"], placements, request["setup"])
 
 
+def forms_of(request: Mapping[str, Any]) -> dict[int, Signature]:
+    """How jobs are written that come from outside: what they take and give, by the number of the form."""
+    return {int(number): Signature.from_json(told) for number, told in request["forms"].items()}
+
+
 def _facts(told: dict[str, Any]) -> TaskFacts:
     plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in told.items()}
     return TaskFacts(**plain)
-
-
-def _burst(spec: TaskSpec) -> int:
-    if spec.contract is not None:
-        return spec.contract.burst
-    return 1 + -(-spec.jitter // spec.step)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from narrowboat.errors import AdmissionError, ModelError
+from narrowboat.errors import AdmissionError, ModelError, UsageError
 from narrowboat.machine.cache import cache_folder, write_durably
 from narrowboat.tasks.analysis.memory import largest_pair
 from narrowboat.tasks.execute.device_model import DeviceTaskModel
@@ -22,16 +22,17 @@ from narrowboat.tasks.execute.load_models import Loaded
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
+from narrowboat.tasks.execute.wire import signature_of
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.policy import order
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
-from narrowboat.tasks.record import Record
+from narrowboat.tasks.record import JobRecord, Record
 from narrowboat.tasks.spec.load import tasks_from
 
 if TYPE_CHECKING:
     from narrowboat.tasks.execute.child import Pipe
 
-FORMAT = 5
+FORMAT = 6
 _LEAST, _MOST, _WARM = 8, 1000, 2
 _ELSEWHERE = 64 << 20  # bytes that are touched between two jobs, more than caches hold
 
@@ -74,6 +75,8 @@ def measure(request: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
             name: loaded.ground.costs_of(model, costs[loaded.digests[name]]) for name, model in loaded.of.items()
         },
         "chunk_bytes": {name: loaded.ground.chunk_bytes(model) for name, model in loaded.of.items()},
+        "signatures": {name: costs[digest]["signature"] for name, digest in loaded.digests.items()},
+        "images": {name: _image(model) for name, model in loaded.of.items() if _takes_image(model)},
         "mirrors": {name: model.mirrored for name, model in loaded.of.items() if isinstance(model, DeviceTaskModel)},
         "host_budget": loaded.host_budget,
     }
@@ -107,12 +110,18 @@ def _measure(model: TaskModel, ground: Ground, seconds: float) -> dict[str, Any]
         stolen.append(stolen_ticks())
         return model.inputs
 
-    running = Running(facts, model, Source(after_others), closed_loop=True)
+    signature: dict[str, Any] = {}
+
+    def look(job: JobRecord, output: Any) -> None:
+        if not signature and job.outcome in ("done", "late"):
+            signature.update(_signature(model, output))
+
+    running = Running(facts, model, Source(after_others), closed_loop=True, on_end=look)
     space = SwapSpace(pool, remember=False)
     executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, ground=ground)
     first = executor.run(None, jobs=_WARM + 1)
     once = max(first.end / (_WARM + 1) / 1e6, 1e-4)
-    running.released, running.worker = 0, None
+    running.released, running.worker, running.on_end = 0, None, None
     jobs = min(max(math.ceil(seconds / once), _LEAST), _MOST)
     executor = Executor([running], BlockBoundaries(order.edf), space, budget=1 << 50, ground=ground)
     stolen.clear()
@@ -130,7 +139,27 @@ def _measure(model: TaskModel, ground: Ground, seconds: float) -> dict[str, Any]
     record.jobs = [job for job in record.jobs if job.number in kept]
     memory = {"left_bytes": left, "busy_bytes": max(busy - left, 0)}
     summary = _summary(record, sizes, len(kept), executor.account.overheads)
-    return {"disturbed": jobs - len(kept), **memory, **summary, "condition": ground.condition}
+    about = {"condition": ground.condition, "signature": signature}
+    return {"disturbed": jobs - len(kept), **memory, **summary, **about}
+
+
+def _takes_image(model: TaskModel) -> bool:
+    first = model.input_specs[0] if model.input_specs else None
+    return first is not None and first.datatype == "FP32" and len(first.shape) == 4 and first.shape[:2] == (1, 3)
+
+
+def _image(model: TaskModel) -> dict[str, Any]:
+    """How an image is made its input."""
+    resolved = model.request.resolved
+    return {"mean": list(resolved.image_mean), "std": list(resolved.image_std)}
+
+
+def _signature(model: TaskModel, output: Any) -> dict[str, Any]:
+    """What it takes and gives; why that cannot be sent, if it cannot: only tasks with a queue need it."""
+    try:
+        return signature_of(model.module, model.inputs, output).as_json()
+    except UsageError as error:
+        return {"error": str(error)}
 
 
 def undisturbed(stolen: Sequence[int]) -> set[int]:
@@ -149,7 +178,7 @@ def stolen_ticks() -> int:
     return int(fields[8]) if len(fields) > 8 else 0
 
 
-def _summary(record: Record, sizes: list[int], jobs: int, overheads: list[int]) -> dict[str, Any]:
+def _summary(record: Record, sizes: list[int], jobs: int, overheads: Sequence[int]) -> dict[str, Any]:
     loads: list[list[int]] = [[] for _ in sizes]
     computes: list[list[int]] = [[] for _ in sizes]
     for segment in record.segments:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import ExecutorError, NarrowboatError, StorageError
 from narrowboat.tasks.execute.arrangement import Arrangement, Switch
-from narrowboat.tasks.execute.asked import arrangement_of
+from narrowboat.tasks.execute.asked import arrangement_of, forms_of
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.load_models import Loaded
 from narrowboat.tasks.execute.running import Running
+from narrowboat.tasks.execute.serve_jobs import JobServer
 from narrowboat.tasks.record import JobRecord
 from narrowboat.tasks.spec.load import tasks_from
 
@@ -37,11 +38,14 @@ class Changer:
         executor: runs.
         arrangement: in force.
         loaded: the networks.
+        jobs: that come from outside.
         pipe: is told how each change went.
     """
 
-    def __init__(self, executor: Executor, arrangement: Arrangement, loaded: Loaded, pipe: Pipe) -> None:
-        self._executor, self._loaded, self._pipe = executor, loaded, pipe
+    def __init__(
+        self, executor: Executor, arrangement: Arrangement, loaded: Loaded, jobs: JobServer, pipe: Pipe
+    ) -> None:
+        self._executor, self._loaded, self._jobs, self._pipe = executor, loaded, jobs, pipe
         self._now = arrangement
         self._one = threading.Lock()
 
@@ -77,6 +81,7 @@ class Changer:
             for model in models.values():
                 self._loaded.ground.prepare(model)
             after = arrangement_of(told, models, self._loaded.folder, before)
+            self._jobs.forms.update(forms_of(told))  # those that go are asked for until they have gone
             fresh = {task.facts.name for task in after.tasks if task.model not in before.placements}
             if fresh:
                 self._warm_up(before, after, fresh, told)

@@ -20,10 +20,10 @@ class Pipe:
     def __init__(self, descriptor: int) -> None:
         self._lines = Lines(os.fdopen(descriptor, "wb"))
 
-    def tell(self, what: str, payload: bytes = b"", **told: Any) -> None:
+    def tell(self, what: str, **told: Any) -> None:
         """One line; if nobody reads any more there is nothing to run for."""
         try:
-            self._lines.write({"event": what, **told}, payload)
+            self._lines.write({"event": what, **told})
         except (BrokenPipeError, ValueError):
             os._exit(1)
 
@@ -31,7 +31,7 @@ class Pipe:
 def main() -> None:
     """Serve one request."""
     pipe = Pipe(int(sys.argv[1]))
-    request, _ = next(Lines(sys.stdin.buffer).read())
+    request = next(Lines(sys.stdin.buffer).read())
     os.environ["OMP_NUM_THREADS"] = "1"
     apply_openmp_policy()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent says what to do
@@ -46,9 +46,10 @@ def main() -> None:
 
             pipe.tell("measured", **measure(request, pipe))
         else:
+            from narrowboat.tasks.execute.exchange import Exchange
             from narrowboat.tasks.execute.start import run
 
-            run(request, pipe)
+            run(request, pipe, Exchange.attach([int(number) for number in sys.argv[2:]]))
     except NarrowboatError as error:
         pipe.tell("error", type=type(error).__name__, message=str(error))
         sys.exit(1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from narrowboat import errors
 from narrowboat.errors import ExecutorError, NarrowboatError
+from narrowboat.tasks.execute.exchange import Exchange
 from narrowboat.tasks.execute.lines import Lines
 
 
@@ -21,21 +22,23 @@ class Child:
 
     Args:
         request: what it should do.
+        exchange: for jobs that come from outside.
 
     Raises:
         ExecutorError: it could not be started.
     """
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: dict[str, Any], exchange: Exchange | None = None) -> None:
         reading, writing = os.pipe()
+        shared = exchange.descriptors if exchange is not None else []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "narrowboat.tasks.execute.child", str(writing)],
+                [sys.executable, "-m", "narrowboat.tasks.execute.child", *map(str, (writing, *shared))],
                 stdin=subprocess.PIPE,
                 stdout=self._errors,
                 stderr=self._errors,
-                pass_fds=(writing,),
+                pass_fds=(writing, *shared),
             )
         except OSError as error:
             os.close(reading)
@@ -46,25 +49,25 @@ class Child:
         self._lines, self._stdin = Lines(os.fdopen(reading, "rb")), Lines(self.process.stdin)
         self.tell(request)
 
-    def tell(self, told: dict[str, Any], payload: bytes = b"") -> None:
+    def tell(self, told: dict[str, Any]) -> None:
         """One line to its stdin."""
         with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended; whoever listens hears why
-            self._stdin.write(told, payload)
+            self._stdin.write(told)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What it says, until it ends; bytes that came with it as ``payload``.
+        """What it says, until it ends.
 
         Raises:
             ExecutorError: it ended by itself, without saying that it is done.
             NarrowboatError: what went wrong there.
         """
         finished = False
-        for told, payload in self._lines.read():
+        for told in self._lines.read():
             if told["event"] == "error":
                 self.process.wait()
                 raise error_told(told)
             finished = finished or told["event"] in ("measured", "done")
-            yield {**told, "payload": payload} if payload else told
+            yield told
         code = self.process.wait()
         if not finished:
             raise ExecutorError(f"the executor {_how(code)}; {self._said()}")

@@ -16,11 +16,13 @@ from narrowboat.errors import BudgetError, DeviceLostError, NarrowboatError
 from narrowboat.tasks.execute import realtime
 from narrowboat.tasks.execute.account import Account
 from narrowboat.tasks.execute.arrangement import Arrangement, Switch
-from narrowboat.tasks.execute.arrivals import Arrivals
+from narrowboat.tasks.execute.arrivals import NO_WISH, Arrivals, Wish
+from narrowboat.tasks.execute.expiry import hopeless
 from narrowboat.tasks.execute.figures import major_faults
-from narrowboat.tasks.execute.gate import JobEnded
+from narrowboat.tasks.execute.gate import described
 from narrowboat.tasks.execute.ground import Ground, HostGround
 from narrowboat.tasks.execute.loader import Loader, Order
+from narrowboat.tasks.execute.picture import picture
 from narrowboat.tasks.execute.running import OnEnd, Running, Underway
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.execute.volume import Move
@@ -44,7 +46,8 @@ class Executor:
         budget: bytes over the baseline.
         ground: where the tasks run; None for the process's memory.
         compute_core, load_core: to pin to; None for anywhere.
-        on_tick: called about ten times a second with a picture of now, for whoever watches.
+        on_tick: called about ten times a second with what makes a picture of now, for whoever watches.
+        keep: of jobs and segments the record holds so many, the last ones; None for all.
     """
 
     def __init__(
@@ -57,11 +60,12 @@ class Executor:
         ground: Ground | None = None,
         compute_core: int | None = None,
         load_core: int | None = None,
-        on_tick: Callable[[dict[str, Any]], None] | None = None,
+        on_tick: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
+        keep: int | None = None,
     ) -> None:
         self.tasks, self.policy, self.space = list(tasks), policy, space
         self.ground: Ground = ground if ground is not None else HostGround()
-        self.account = Account(budget, self.ground)
+        self.account = Account(budget, self.ground, keep)
         self.granted = realtime.RealTime()
         self.stop_requested = False
         self.begun = threading.Event()
@@ -95,6 +99,7 @@ class Executor:
                 try:
                     handle()
                     self._view.now = self._now()
+                    self._expire(self._view.now)
                     self._decide()
                     self.account.look(self._now())  # what follows has been started: this delays nobody's boundary
                 except BaseException as error:
@@ -146,7 +151,7 @@ class Executor:
             self._shut(loader)
             realtime.thaw()
             realtime.leave()
-        record.jobs.sort(key=lambda job: (job.release, job.task))
+        record.jobs = sorted(record.jobs, key=lambda job: (job.release, job.task))
         record.premises = self.account.premises(
             real_time=self.granted.as_json(),
             pool_locked=self.space.pool.locked,
@@ -207,24 +212,36 @@ class Executor:
 
     # -- jobs ------------------------------------------------------------------------------------------
 
-    def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd) -> None:
+    def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd, wish: Wish = NO_WISH) -> None:
         """From any thread: an input has come for a task with a queue.
 
         Args:
             name: of the task.
             inputs: positional arguments of one pass.
             then: is told how it ended, here or later.
+            wish: of the client.
         """
         self.begun.wait()
         with self._wake:
             self._view.now = self._now()
-            if self._arrivals.offer(name, inputs, then, self._view.now):
+            if self._arrivals.offer(name, inputs, then, self._view.now, wish):
                 self._decide()
 
+    def withdraw(self, ticket: int) -> None:
+        """From any thread: nobody waits for this job any more; it ends at the next boundary."""
+        with self._wake:
+            for under in self._under.values():
+                under.withdrawn = under.withdrawn or under.ticket == ticket
+            self._view.now = self._now()
+            self._expire(self._view.now)
+            self._decide()
+
     def _expire(self, now: int) -> None:
-        """A job that has not begun by its deadline is dropped: it would only make others late."""
-        for job in [job for job in self._view.pending if job.started is None and now >= job.due]:
-            self._end(job, now, "skipped", "its deadline had passed before it began")
+        for job, cause in hopeless(self._view, self._under, now):
+            if job.started is None:
+                self._end(job, now, "skipped", cause)
+            else:
+                self._abort(job, cause)
 
     def _end(self, job: Job, now: int, outcome: str, cause: str, output: Any = None) -> None:
         self._view.pending.remove(job)
@@ -258,10 +275,12 @@ class Executor:
             assert self._order is not None
             self._order.give_up()
             view.doing[Engine.LOAD] = Action(Do.LOAD, action.task)
+            self.account.counters["prefetch_aborted"] += 1
             return
         if action.do is Do.ADOPT:
             assert action.job is not None
             view.doing[Engine.LOAD] = Action(Do.LOAD, action.task, action.job)
+            self.account.counters["prefetch_hit"] += 1
             self._begin(action.job, now)
             return
         if action.do is not Do.PREFETCH and view.prefetched is not None and Engine.LOAD not in view.doing:
@@ -291,8 +310,10 @@ class Executor:
         assert self._view.prefetched is not None
         if action.job is not None and action.job.task is self._view.prefetched and action.job.untouched:
             action.job.loaded = 1
+            self.account.counters["prefetch_hit"] += 1
         else:
             self._let_go(self._view.prefetched, 0)
+            self.account.counters["prefetch_wasted"] += 1
         self._view.prefetched = None
 
     def _begin(self, job: Job, now: int) -> None:
@@ -325,7 +346,7 @@ class Executor:
             again = isinstance(order.error, BudgetError) and self._retried != (job, action.block)
             self._retried = (job, action.block)
             if job is not None and job in self._under and not again:  # room may have come while it failed
-                self._fail(job, when, f"loading failed: {_named(order.error)}")
+                self._fail(job, when, f"loading failed: {described(order.error)}")
         elif action.do is Do.PREFETCH:
             view.prefetched = action.task
         elif job is not None and job in self._under:
@@ -348,8 +369,7 @@ class Executor:
         if isinstance(error, DeviceLostError):
             raise error
         if error is not None:
-            cause = "it was ended" if isinstance(error, JobEnded) else _named(error)
-            self._end(job, when, "failed", " ".join(cause.split())[:300])
+            self._end(job, when, "failed", " ".join(described(error).split())[:300])
         else:
             job.computed = action.block + 1
             if action.do is Do.COMPUTE:
@@ -452,18 +472,8 @@ class Executor:
 
     def _take_over(self, arrangement: Arrangement, now: int) -> None:
         """The tasks of an arrangement in the place of those there were."""
-        before = self._arrivals.by_name
-        for task in arrangement.tasks:
-            predecessor = before.pop(task.facts.name, None)
-            if predecessor is task:
-                continue
-            task.begin(now, predecessor)
-            if task.worker is None:
-                self._start_worker(task)
-        for gone in before.values():
-            if gone.worker is not None:
-                gone.worker.stop()
-                gone.worker = None
+        for task in arrangement.succeed(self._arrivals.by_name, now):
+            self._start_worker(task)
         self.tasks, self.policy = list(arrangement.tasks), arrangement.policy
         self._arrivals.replace(self.tasks)
 
@@ -471,7 +481,7 @@ class Executor:
         if self._on_tick is None or now - self._last_tick < 100_000:
             return
         self._last_tick = now
-        self._on_tick(self.account.picture(self._view, now))
+        self._on_tick(lambda: picture(self._view, self.tasks, self.account, self.space, now))
 
     def _shut(self, loader: Loader) -> None:
         if self._order is not None:
@@ -485,7 +495,3 @@ class Executor:
         for task in self.tasks:
             if task.worker is not None:
                 task.worker.join(_GRACE)
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

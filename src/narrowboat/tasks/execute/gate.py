@@ -20,6 +20,11 @@ class JobEnded(BaseException):
     """The job is to end here: over its budget, or the run is over. Not an Exception: models must not catch it."""
 
 
+def described(error: BaseException) -> str:
+    """The cause of a job's end, in one line."""
+    return "it was ended" if isinstance(error, JobEnded) else f"{type(error).__name__}: {error}"
+
+
 class Gate:
     """The events of one model.
 

@@ -1,4 +1,4 @@
-"""What two processes tell each other: a line of JSON each time, and bytes after it where the line says so."""
+"""What two processes tell each other now and then: a line of JSON each time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import threading
 from collections.abc import Iterator
 from typing import IO, Any
-
-_BYTES = "payload_bytes"
 
 
 class Lines:
@@ -21,24 +19,21 @@ class Lines:
         self._file = file
         self._lock = threading.Lock()
 
-    def write(self, told: dict[str, Any], payload: bytes = b"") -> None:
-        """One line, and bytes.
+    def write(self, told: dict[str, Any]) -> None:
+        """One line.
 
         Raises:
             BrokenPipeError: nobody reads any more.
         """
-        if payload:
-            told = {**told, _BYTES: len(payload)}
+        line = json.dumps(told).encode() + b"\n"
         with self._lock:
-            self._file.write(json.dumps(told).encode() + b"\n")
-            self._file.write(payload)
+            self._file.write(line)
             self._file.flush()
 
-    def read(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+    def read(self) -> Iterator[dict[str, Any]]:
         """Everything, until the other side has ended."""
         while line := self._file.readline():
-            told = json.loads(line)
-            yield told, self._file.read(told.pop(_BYTES)) if _BYTES in told else b""
+            yield json.loads(line)
 
     def close(self) -> None:
         """End it."""

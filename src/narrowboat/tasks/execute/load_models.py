@@ -17,6 +17,7 @@ from narrowboat.tasks.execute.device_ground import DeviceGround, ground_of
 from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
+from narrowboat.zoo.text_facts import rebase
 
 Mirrors = Mapping[str, Collection[int]]  # units in host memory, by the task's name
 
@@ -114,10 +115,8 @@ def spec_name(name: str) -> str:
 def _open(task: TaskSpec, folder: Path, ground: Ground) -> TaskModel:
     assert task.model is not None
     source = folder / task.input.file if task.input is not None and task.input.file is not None else None
-    name = spec_name(task.model)
-    if ":" not in name:
-        name = str(folder / name)
     try:
+        name = rebase(spec_name(task.model), folder)
         return ground.open(name, folder / task.weights if task.weights is not None else None, source)
     except NarrowboatError as error:
         error.args = (f"task {task.name!r}: {error}", *error.args[1:])

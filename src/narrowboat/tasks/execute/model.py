@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ from narrowboat.stream.tiling import tiled_above
 from narrowboat.stream.wrap import wrap_modules
 from narrowboat.tasks.execute.gate import Gate
 from narrowboat.tasks.execute.space import Place
+from narrowboat.tasks.execute.wire import spec_of, split
+from narrowboat.tasks.tensors import TensorSpec
 from narrowboat.trace import Trace
 from narrowboat.zoo.request import Request, find_request
 
@@ -201,6 +204,20 @@ class TaskModel:
     def staying_bytes(self) -> int:
         """Of weights that are used again after others: they are resident in any case."""
         return sum(self.groups[number].block.nbytes for number in self.staying)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of weights that stay, as it is laid out."""
+        return 0 if self.placement is None else self._resident.nbytes
+
+    @cached_property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Of the tensors of ``inputs``."""
+        return tuple(spec_of("", tensor) for tensor in split(list(self.inputs))[1])
+
+    def blocks_in(self) -> list[int]:
+        """Numbers of the blocks whose weights are all in memory now."""
+        return [number for number, place in enumerate(self.places) if place is None or place.valid]
 
     @property
     def fixed_bytes(self) -> int:

@@ -104,9 +104,15 @@ class Underway:
         inputs: of its pass.
         then: told how it ended.
         spent: microseconds computed.
+        ticket: by which whoever offered it knows it.
+        expires: from when on its client has no use for the answer; None if it says nothing of that.
+        withdrawn: its client has gone.
     """
 
     told: JobRecord
     inputs: tuple[Any, ...]
     then: OnEnd | None = None
     spent: int = 0
+    ticket: int | None = None
+    expires: int | None = None
+    withdrawn: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
 import threading
@@ -13,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from narrowboat.errors import ExecutorError
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.execute.arrangement import Arrangement
-from narrowboat.tasks.execute.asked import arrangement_of
+from narrowboat.tasks.execute.asked import arrangement_of, forms_of
+from narrowboat.tasks.execute.exchange import Exchange
 from narrowboat.tasks.execute.executor import Executor
 from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.listen import Listener
 from narrowboat.tasks.execute.load_models import Loaded
+from narrowboat.tasks.execute.picture import plain
 from narrowboat.tasks.execute.running import Running
+from narrowboat.tasks.execute.serve_jobs import JobServer
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.policy.boundaries import BlockBoundaries
 from narrowboat.tasks.policy.order import ORDERS
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
     from narrowboat.tasks.execute.child import Pipe
 
 
-def run(request: dict[str, Any], pipe: Pipe) -> None:
+def run(request: dict[str, Any], pipe: Pipe, exchange: Exchange) -> None:
     """Run the tasks of a request, and tell when it is done.
 
     Args:
         request: ``settings``, ``folder``, ``tasks`` (facts, ends and pins by task), ``pool_bytes``, ``prefetch``,
-            ``setup``, ``seconds``; on a device ``mirrors``: what is in host memory, by task.
+            ``setup``, ``seconds``, ``keep`` (of the record, None for all), ``forms`` (of jobs from outside, by
+            number); on a device ``mirrors``: what is in host memory, by task.
         pipe: to whoever asked.
+        exchange: with whoever asked.
     """
     settings = tasks_from(request["settings"])
     folder = Path(request["folder"])
@@ -56,7 +60,8 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
         ground=ground,
         compute_core=settings.compute_core,
         load_core=settings.load_core,
-        on_tick=_watched_from_aside(pipe),
+        on_tick=_watched_from_aside(exchange),
+        keep=request["keep"],
     )
     ground.limit(first.budget, first.pool_bytes)
     pipe.tell("progress", said="warming up")
@@ -65,28 +70,33 @@ def run(request: dict[str, Any], pipe: Pipe) -> None:
         ground.clear()  # a device's allocator keeps what it has: taking it anew would hold jobs up
     ground.reset_peak()
     executor.account.record.setup = first.setup
-    Listener(executor, first, loaded, pipe).start()
+    jobs = JobServer(executor, exchange, forms_of(request))
+    jobs.start()
+    Listener(executor, first, loaded, jobs, pipe).start()
     pipe.tell("started", real_time=executor.granted.as_json())
     record = executor.run(request["seconds"])
+    jobs.settle()
     peak = record.premises["peak_bytes"]
     record.premises["peak_over_budget_bytes"] = max(peak - executor.account.budget, 0)
     if peak > executor.account.budget:
         pipe.tell("progress", said=f"the peak was {format_bytes(peak)}, over the budget")
     space.pool.close()
-    pipe.tell("done", json.dumps(record.as_json()).encode())
+    pipe.tell("done", record=record.as_json() if request["keep"] is None else None)
 
 
-def _watched_from_aside(pipe: Pipe) -> Callable[[dict[str, Any]], None]:
+def _watched_from_aside(exchange: Exchange) -> Callable[[Callable[[], dict[str, Any]]], None]:
     """Tell pictures from a thread of its own: a reader that is slow costs pictures, and never a deadline."""
     latest: queue.Queue[dict[str, Any]] = queue.Queue(maxsize=1)
 
-    def show(picture: dict[str, Any]) -> None:
-        with contextlib.suppress(queue.Full):
-            latest.put_nowait(picture)
+    def show(make: Callable[[], dict[str, Any]]) -> None:
+        if latest.empty():  # what has happened meanwhile is told with the next
+            latest.put_nowait(make())
 
     def tell() -> None:
         while True:
-            pipe.tell("tick", **latest.get())
+            message = json.dumps(plain(latest.get())).encode()
+            while len(message) <= exchange.events.most and not exchange.events.put(message, timeout=1.0):
+                pass  # its news are told once: it waits, and those after it grow
 
     threading.Thread(target=tell, name="narrowboat-teller", daemon=True).start()
     return show

@@ -11,12 +11,12 @@ Order = Callable[[Job], tuple[int, ...]]
 
 def edf(job: Job) -> tuple[int, ...]:
     """Earliest absolute deadline first; ties by the tasks' places. Best effort after all that is guaranteed."""
-    return (not job.promised, job.due, job.task.index, job.number)
+    return (*job.standing, job.due, job.task.index, job.number)
 
 
 def fp(job: Job) -> tuple[int, ...]:
     """The most important first; equals in the order of release."""
-    return (not job.promised, -job.task.priority, job.release, job.task.index, job.number)
+    return (*job.standing, -job.task.priority, job.release, job.task.index, job.number)
 
 
 ORDERS: dict[str, Order] = {"edf": edf, "fp": fp}

@@ -154,6 +154,9 @@ class TaskSpec(_Strict):
     )
     weights: Annotated[str | None, Field(description="The weights file; relative to tasks.yaml.")] = None
     input: Annotated[InputSpec | None, Field(description="The model's example inputs if left out.")] = None
+    labels: Annotated[
+        str | None, Field(description="Names of what it tells apart: a text file, one a line, or 'imagenet'.")
+    ] = None
     blocks: Annotated[
         tuple[BlockSpec, ...] | None,
         Field(min_length=1, max_length=4096, description="Instead of a model: what it costs."),

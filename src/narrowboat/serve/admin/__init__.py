@@ -1,0 +1,1 @@
+"""Asking what would be, and changing what is: budget and admission."""

@@ -1,0 +1,229 @@
+"""A real gateway, its executor, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from narrowboat.errors import (
+    AdmissionError,
+    BadRequestError,
+    BeyondContractError,
+    ConflictError,
+    ExpiredError,
+    NoSuchTaskError,
+    NotServingError,
+    TasksChangedError,
+)
+from narrowboat.serve.gateway import LiveGateway
+from narrowboat.serve.interface import Reply
+from serve_live_kit import ASKED, CLOCKED, FREE, first, open_files, outcome, raw, until, with_gateway, write
+
+ONES = torch.ones(1, 256)
+
+
+@pytest.fixture(scope="module")
+def plain(nets: Path) -> torch.nn.Module:
+    """The network of FREE in plain PyTorch."""
+    import tasks_test_nets  # type: ignore[import-not-found]
+    from safetensors.torch import load_file
+
+    network: torch.nn.Module = tasks_test_nets.deep()
+    network.load_state_dict(load_file(str(nets / "deep.safetensors")), strict=False)  # and its padding
+    return network
+
+
+def idle(gateway: LiveGateway) -> bool:
+    """Whether no job's slot is taken."""
+    live = gateway._supervisor.live
+    return live is not None and all(form.slots.idle for form in live.offers._forms.values())
+
+
+def test_answers_have_plain_pytorchs_bits_and_say_what_was_promised(nets: Path, plain: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 256, generator=generator) for _ in range(40)]
+
+    async def work(gateway: LiveGateway) -> None:
+        replies: list[Reply] = []
+        for start in range(0, len(inputs), 4):
+            asked = [gateway.infer("free", {"x": raw(x)}) for x in inputs[start : start + 4]]
+            replies += await asyncio.gather(*asked)
+            await asyncio.sleep(0.05)  # its contract is eight at once, and one more every 10 ms
+        with torch.inference_mode():
+            assert all(torch.equal(first(reply), plain(x)) for x, reply in zip(inputs, replies, strict=True))
+        promised = await gateway.infer("asked", {"x": raw(torch.ones(1, 128))})
+        assert promised.admitted and promised.bound and promised.deadline == 400_000
+        assert promised.response > 0 and promised.met == (promised.response <= 400_000)
+        assert not replies[0].admitted and replies[0].bound is None
+        assert idle(gateway)
+
+    with_gateway(write(nets), work)
+
+
+def test_what_is_asked_wrongly_is_refused_by_name_and_nothing_runs(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        good = {"x": raw(ONES)}
+        for name, inputs, error, said in (
+            ("nobody", good, NoSuchTaskError, "there is no task 'nobody'"),
+            ("clocked", good, BadRequestError, "takes its inputs itself"),
+            ("free", {}, BadRequestError, "input 'x' is missing"),
+            ("free", {"x": raw(ONES), "y": raw(ONES)}, BadRequestError, "has no input 'y'"),
+            ("free", {"x": raw(torch.ones(1, 255))}, BadRequestError, r"analysed for FP32 \[1, 256\]"),
+            ("free", {"x": raw(torch.ones(256))}, BadRequestError, r"this is FP32 \[256\]"),
+        ):
+            with pytest.raises(error, match=said):
+                await gateway.infer(name, inputs)
+        assert idle(gateway)
+
+    with_gateway(write(nets, FREE + CLOCKED), work)
+
+
+def test_more_than_the_contract_is_refused_with_the_time_to_wait(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        x = {"x": raw(torch.ones(1, 128))}
+        crowd = await asyncio.gather(*(outcome(gateway.infer("asked", x)) for _ in range(30)))
+        refused = [answer for answer in crowd if isinstance(answer, BeyondContractError)]
+        assert len(refused) == 28 and sum(isinstance(answer, Reply) for answer in crowd) == 2
+        assert all(error.retry_after and 0 < error.retry_after <= 0.4 for error in refused)
+        await asyncio.sleep(0.45)
+        assert isinstance(await gateway.infer("asked", x), Reply)
+        assert idle(gateway)
+
+    with_gateway(write(nets), work)
+
+
+def test_expired_work_is_dropped_and_never_runs(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        with pytest.raises(ExpiredError, match="had passed when it came"):
+            await gateway.infer("free", {"x": raw(ONES)}, timeout=0)
+        crowd = [outcome(gateway.infer("free", {"x": raw(ONES)}, timeout=1 if k else None)) for k in range(8)]
+        answers = await asyncio.gather(*crowd)
+        assert isinstance(answers[0], Reply)
+        assert all(isinstance(answer, ExpiredError) for answer in answers[1:])
+        await until(lambda: idle(gateway))
+        await asyncio.sleep(0.3)
+        ran = [job for job in gateway.record(60).jobs if job.task == "free" and job.finish is not None]
+        assert len(ran) == 1
+
+    with_gateway(write(nets), work)
+
+
+def test_a_client_that_goes_takes_its_work_with_it(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        for _ in range(5):
+            crowd = [asyncio.create_task(gateway.infer("free", {"x": raw(ONES)})) for _ in range(6)]
+            await asyncio.sleep(0.001)
+            for each in crowd:
+                each.cancel()
+            await asyncio.gather(*crowd, return_exceptions=True)
+            await until(lambda: idle(gateway))
+            await asyncio.sleep(0.1)
+        assert isinstance(await gateway.infer("free", {"x": raw(ONES)}), Reply)
+
+    with_gateway(write(nets), work)
+
+
+def test_tasks_and_budget_change_by_admission_and_refusals_explain_themselves(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        feed = gateway.feed()
+        seen: list[str] = []
+
+        async def watch() -> None:
+            async for event in feed:
+                seen.append(event["event"])
+
+        watching = asyncio.create_task(watch())
+        before = gateway.plan()
+        smaller = await gateway.what_if({"budget": "70MiB"})
+        assert smaller["admitted"] and smaller["change"]["pause_us"] > 0 and gateway.plan() == before
+        too_small = await gateway.what_if({"budget": "2MiB"})
+        assert not too_small["admitted"] and too_small["reasons"]
+        new = {"name": "new", "period": "20ms", "blocks": [{"load": "1ms", "compute": "9ms", "bytes": "1MiB"}]}
+        assert (await gateway.what_if({"add": [{**new, "period": "2s"}]}))["admitted"]
+        assert not (await gateway.what_if({"add": [{**new, "period": "9ms"}]}))["admitted"]
+        with pytest.raises(ConflictError) as refused:
+            await gateway.set_budget("2MiB")
+        assert refused.value.details["reasons"]
+        assert (await gateway.set_budget("70MiB"))["budget_bytes"] == 70 << 20
+        without = await gateway.unload("asked")
+        assert [task["name"] for task in without["tasks"]] == ["free"]
+        assert not gateway.face("asked").ready
+        with pytest.raises(NotServingError, match="not admitted"):
+            await gateway.infer("asked", {"x": raw(torch.ones(1, 128))})
+        with pytest.raises(ConflictError):
+            await gateway.load("asked", {"period": "10us", "deadline": "10us"})
+        with pytest.raises(BadRequestError, match="cannot be set"):
+            await gateway.load("asked", {"model": "os:system"})
+        await gateway.load("asked")
+        assert isinstance(await gateway.infer("asked", {"x": raw(torch.ones(1, 128))}), Reply)
+        with pytest.raises(BadRequestError, match="not known here"):
+            await gateway.what_if({"add": [{"name": "x", "period": "1s", "model": "os:system"}]})
+        feed.close()
+        await watching
+        assert seen[0] == "hello" and seen.count("plan") >= 3 and "tick" in seen
+
+    with_gateway(write(nets), work)
+
+
+def test_an_executor_that_is_killed_is_started_anew_and_nobody_hangs(nets: Path, plain: torch.nn.Module) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        await gateway.set_budget("70MiB")
+        files = open_files()
+        for _ in range(2):
+            live = gateway._supervisor.live
+            assert live is not None
+            crowd = [asyncio.create_task(outcome(gateway.infer("free", {"x": raw(ONES)}))) for _ in range(8)]
+            await asyncio.sleep(0)
+            os.kill(live.pid, signal.SIGKILL)
+            answers = await asyncio.wait_for(asyncio.gather(*crowd), 10)
+            assert all(isinstance(answer, (Reply, NotServingError)) for answer in answers)
+            assert any(isinstance(answer, NotServingError) and "SIGKILL" in str(answer) for answer in answers)
+            with pytest.raises(NotServingError):
+                await gateway.infer("free", {"x": raw(ONES)})
+            await until(lambda: gateway.state == "restarting")
+            await until(lambda: gateway.state == "serving")
+            assert gateway._supervisor.live is not live
+            with torch.inference_mode():
+                assert torch.equal(first(await gateway.infer("free", {"x": raw(ONES)})), plain(ONES))
+            assert gateway.plan()["budget_bytes"] == 70 << 20, "what was in force is in force again"
+        assert open_files() == files
+
+    with_gateway(write(nets), work)
+
+
+def test_a_file_of_tasks_that_changed_is_told_and_can_be_read_again(nets: Path) -> None:
+    file = write(nets, ASKED + FREE)
+
+    async def work(gateway: LiveGateway) -> None:
+        write(nets, ASKED + FREE, "75MiB")
+        await gateway.unload("asked")
+        with pytest.raises(TasksChangedError, match="has changed"):
+            await gateway.load("asked")
+        await gateway.reload()
+        assert gateway.plan()["budget_bytes"] == 75 << 20 and gateway.face("asked").ready
+        file.unlink()
+        with pytest.raises(TasksChangedError, match="cannot read"):
+            await gateway.load("asked")
+        write(nets, ASKED + FREE, "1MiB")
+        with pytest.raises((ConflictError, BadRequestError)):
+            await gateway.reload()
+        assert gateway.plan()["budget_bytes"] == 75 << 20
+        assert isinstance(await gateway.infer("free", {"x": raw(ONES)}), Reply)
+
+    with_gateway(file, work)
+
+
+def test_tasks_that_do_not_hold_are_refused_before_anything_is_served(nets: Path) -> None:
+    async def work(gateway: LiveGateway) -> None:
+        raise AssertionError("it serves")
+
+    with pytest.raises(AdmissionError):
+        with_gateway(
+            write(nets, ASKED.replace("period: 400ms", "period: 1us").replace("deadline: 400ms", "deadline: 2us")),
+            work,
+        )

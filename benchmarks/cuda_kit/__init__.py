@@ -1,1 +1,1 @@
-"""What ``benchmarks/cuda.py`` is made of."""
+"""What ``benchmarks/gpu.py`` is made of."""

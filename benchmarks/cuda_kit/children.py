@@ -178,7 +178,7 @@ def _forked(call: str, arguments: dict[str, Any], log: Path) -> int:
 
 def _started(call: str, arguments: dict[str, Any], log: Path) -> int:
     told = json.dumps({"call": call, "arguments": arguments, "log": str(log), "parent": os.getpid()})
-    script = Path(__file__).resolve().parents[1] / "cuda.py"
+    script = Path(__file__).resolve().parents[1] / "gpu.py"
     with log.with_suffix(".out").open("wb") as output:
         child = subprocess.Popen([sys.executable, str(script), "--child", told], stdout=output, stderr=output)
     child.returncode = 0  # the caller waits for it by its number

@@ -1,4 +1,4 @@
-"""The pure parts of ``benchmarks/cuda.py``: batch sizes, bounds, checks, the results file, and its tables."""
+"""The pure parts of ``benchmarks/gpu.py``: batch sizes, bounds, checks, the results file, and its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``benchmarks/cuda.py`` from end to end on an emulated device: small models."""
+"""``benchmarks/gpu.py`` from end to end on an emulated device: small models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cuda.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
 DEVICE = "emulated:256MiB:1GB"
 
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("narrowboat.cli.generate:generate", "Text from a language model inside a byte budget."),
     "train": ("narrowboat.cli.train:train", "Train a model inside a byte budget, by a ready recipe."),
     "tasks": ("narrowboat.cli.tasks:app", "Many models in one budget, with deadlines that are kept."),
+    "serve": ("narrowboat.cli.serve:serve", "Tasks over HTTP and gRPC, with a page to watch them."),
     "bench": ("narrowboat.cli.bench:bench", "Measure a model against the alternatives."),
     "zoo": ("narrowboat.cli.zoo:app", "Published architectures to experiment with."),
     "demo": ("narrowboat.cli.demo:demo", "A real network and a large one, each in a fraction of its bytes."),

@@ -10,7 +10,7 @@ from typing import Any
 from narrowboat.errors import BadRequestError, NoSuchTaskError, TasksChangedError, TaskSpecError
 from narrowboat.tasks.spec.load import load_tasks, tasks_from
 from narrowboat.tasks.spec.schema import TaskSpec, TasksSpec, network_key
-from narrowboat.zoo.text_facts import rebase
+from narrowboat.zoo.text_facts import parse_text, rebase
 
 _MOST = 256
 # What a client may say of a task that is loaded: never what is read from storage or imported.
@@ -150,10 +150,10 @@ def _within(spec: TaskSpec, path: Path, models: Path) -> TaskSpec:
     """The same with whole paths; those that lead out of the folder are refused."""
     update: dict[str, Any] = {}
     if spec.model is not None and spec.blocks is None:
-        whole = rebase(spec.model, path.parent.resolve())
-        update["model"] = whole
-        if not spec.model.startswith("zoo:") and (":" not in spec.model or whole != spec.model):
-            _inside(spec.name, Path(whole.split(":")[-1].split("?")[0]), models)
+        whole = update["model"] = rebase(spec.model, path.parent.resolve())
+        text = parse_text(whole)
+        if text is not None or ":" not in spec.model:
+            _inside(spec.name, text.folder if text is not None else Path(whole), models)
         elif not spec.model.startswith("zoo:"):
             raise TaskSpecError(
                 f"{path}: task {spec.name!r}: a model that may be loaded is zoo:NAME or a folder, "

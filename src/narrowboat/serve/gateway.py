@@ -147,7 +147,7 @@ class LiveGateway:
     def _in_force(self, task_set: TaskSet) -> None:
         live = self._supervisor.live
         self._task_set, self._plan = task_set, plan_of(task_set)
-        self.watch.plan(self._plan, task_set.setup(task_set.facts()))
+        self.watch.plan(self._plan, task_set.setup(task_set.facts()), **(live.last_change if live is not None else {}))
         if live is not None:
             self.watch.granted(live.granted)
         assert self._known is not None

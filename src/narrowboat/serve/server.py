@@ -247,6 +247,7 @@ class Server:
                 max_bytes=limits.body_bytes,
                 authorise=self.app.door.authorise,
                 max_calls=limits.requests,
+                interceptors=_observers(self.gateway),
             )
         log("listening", http=self.addresses.http, grpc=self.addresses.grpc)
 
@@ -339,3 +340,11 @@ def run_server(
     server = Server(settings, make_gateway, tell)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.run(announce))
+
+
+def _observers(gateway: object) -> list[Any]:
+    """What watches over gRPC's calls, where the gateway has a watch."""
+    from narrowboat.serve.watch.observe_grpc import ObserveGrpc
+
+    watch = getattr(gateway, "watch", None)
+    return [] if watch is None else [ObserveGrpc(watch)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.tasks.analysis.model import Arrival
-from narrowboat.tasks.record import BEYOND, JobRecord, Record
+from narrowboat.tasks.record import JobRecord, Record
 
 _SHOWN = 3
 _WORK = ("abort", "swap_out")  # nobody's, and work all the same
@@ -122,7 +122,7 @@ def _conform(record: Record, *, something: bool) -> Conformance:
     """A stretch of a run in which ``something`` came, if not in this stretch."""
     replay = _Replay(record)
     guaranteed = {task["name"]: task for task in record.setup["tasks"] if task["guaranteed"]}
-    mine = [job for job in record.jobs if job.task in guaranteed and not job.cause.startswith(BEYOND)]
+    mine = [job for job in record.jobs if job.task in guaranteed and not job.declined]
     jobs = [job for job in mine if job.outcome != "unfinished"]
     late = [job for job in jobs if job.outcome != "done"]
     overdue = [job for job in mine if job.outcome == "unfinished" and job.due <= record.end]
@@ -252,10 +252,9 @@ class _Replay:
 
     def _key(self, job: JobRecord) -> tuple[Any, ...]:
         task = self.tasks[job.task]
-        standing = (False, 0) if task["guaranteed"] else (True, job.rank)
         if self.setup["policy"] != "fp":
-            return (*standing, job.due, task["index"], job.number)
-        return (*standing, -task["priority"], job.release, task["index"], job.number)
+            return (not task["guaranteed"], job.due, task["index"], job.number)
+        return (not task["guaranteed"], -task["priority"], job.release, task["index"], job.number)
 
     def _starts(self) -> Iterator[_Boundary]:
         busy_until = 0
@@ -293,7 +292,8 @@ class _Replay:
                 if chosen.start is not None and chosen.start < boundary.when:
                     continue
             first = min(candidates, key=self._key, default=chosen)
-            if self._key(first) < self._key(chosen):
+            by_rank = not self.tasks[first.task]["guaranteed"] and any(job.rank for job in candidates)
+            if self._key(first) < self._key(chosen) and not by_rank:  # those are promised nothing: clients rank them
                 what = f"at {_time(boundary.when)} {_name(chosen)} went on while {_name(first)} waited"
                 broken.append((first.release - boundary.when, what))
         return _premise("the right job at every boundary", checked, broken)
@@ -332,7 +332,7 @@ class _Replay:
 
     def _let_in(self) -> list[JobRecord]:
         """Those that were not refused at the door."""
-        return [job for job in self.record.jobs if not job.cause.startswith(BEYOND)]
+        return [job for job in self.record.jobs if not job.declined]
 
     def memory(self) -> Premise:
         """Never more than the budget."""

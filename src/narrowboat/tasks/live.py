@@ -73,6 +73,8 @@ class LiveRun:
         offers: of jobs, by their tensors' bytes; :meth:`submit` is the same for PyTorch's tensors.
         descriptors: that can be read when there are answers or pictures.
         granted: what the system granted the executor's threads.
+        last_change: of tasks or budget: when it began and ended, and what it was allowed to take, microseconds of the
+            run; empty before the first.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class LiveRun:
     ) -> None:
         self.task_set = task_set
         self.granted: dict[str, Any] = {}
+        self.last_change: dict[str, int] = {}
         self._tell, self._on_tick = task_set.tell, on_tick
         self._numbers = itertools.count()
         self._changes: dict[int, Future[None]] = {}
@@ -322,6 +325,7 @@ class LiveRun:
             self.granted = event["real_time"]
             self._started.set_result(None)
         elif kind == "changed":
+            self.last_change = {key: event[key] for key in ("begin", "end", "allowed")}
             self._changes.pop(event["number"]).set_result(None)
         elif kind == "refused":
             self._changes.pop(event["number"]).set_exception(error_told(event))

@@ -85,6 +85,11 @@ class JobRecord:
         """From release to finish."""
         return None if self.finish is None else self.finish - self.release
 
+    @property
+    def declined(self) -> bool:
+        """It came beyond its contract, or its client gave it up: no promise was broken."""
+        return self.cause.startswith(BEYOND) or self.cause in (UNWANTED, WITHDRAWN)
+
 
 @dataclass
 class Change:

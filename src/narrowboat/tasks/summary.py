@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from narrowboat.tasks.record import BEYOND, JobRecord, Record
+from narrowboat.tasks.record import JobRecord, Record
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _of_task(record: Record, facts: dict[str, Any]) -> TaskSummary:
 def _missed(stretch: Record) -> int:
     """Deadlines of tasks that were promised theirs in this stretch, of jobs that were let in."""
     promised = {task["name"] for task in stretch.setup["tasks"] if task["guaranteed"]}
-    jobs = [job for job in stretch.jobs if job.task in promised and not job.cause.startswith(BEYOND)]
+    jobs = [job for job in stretch.jobs if job.task in promised and not job.declined]
     return sum(job.outcome not in ("done", "unfinished") for job in jobs) + _unfinished(jobs, stretch.end)[0]
 
 

@@ -24,6 +24,7 @@ def give_last_logits(model: Any) -> None:
     position does not matter.
     """
     kind = type(model)
+    _expect_padding(model)
     keeps = "logits_to_keep" in inspect.signature(kind.forward).parameters
 
     class LastLogits(kind):  # type: ignore[misc, valid-type]
@@ -44,6 +45,8 @@ def give_embedding(model: Any, form: SentenceForm) -> None:
     """
     kind = type(model)
     causal = is_causal(model)
+    if causal:
+        _expect_padding(model)
 
     class Sentence(kind):  # type: ignore[misc, valid-type]
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -64,6 +67,11 @@ def give_embedding(model: Any, form: SentenceForm) -> None:
 def is_causal(model: nn.Module) -> bool:
     """Whether its attention looks to the left only."""
     return any(getattr(child, "is_causal", False) is True for child in model.modules())
+
+
+def _expect_padding(model: Any) -> None:
+    """Without a mask transformers looks in each pass for padding to warn of; here it is to the right, unseen."""
+    model.config.pad_token_id = None
 
 
 def _become(model: Any, made: type, kind: type) -> None:

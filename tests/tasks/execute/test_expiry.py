@@ -19,7 +19,7 @@ TASK = TaskFacts("a", 0, (1, 1), (5, 5), (8, 8), deadline=100, period=100)
         (None, False, {}, 99, None),
         (None, False, {}, 100, EXPIRED),
         (3, False, {}, 100, None),  # late, and somebody waits for it
-        (None, False, {"expires": 20}, 20, EXPIRED),
+        (None, False, {"expires": 20}, 20, UNWANTED),
         (None, False, {"expires": 20}, 19, None),
         (3, False, {"expires": 20}, 20, UNWANTED),
         (3, True, {"expires": 20}, 20, None),  # never in the middle of a block

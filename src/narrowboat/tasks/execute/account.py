@@ -50,7 +50,8 @@ class Account:
         first_overruns: of the segments over their budgets.
         held_bytes: over the baseline, as last seen.
         counters: of what happened: overruns, prefetches by what became of them.
-        tally: jobs done and missed, and the least slack, by task.
+        tally: by task, jobs done, missed, and refused (beyond their contract, or given up by their clients), and the
+            least slack.
         busy: microseconds that each engine worked.
     """
 
@@ -86,7 +87,7 @@ class Account:
         """A job has come to its end, whatever that is."""
         told.outcome, told.cause = outcome, cause
         tally = self._of(told.task)
-        tally["done" if outcome == "done" else "missed"] += 1
+        tally["done" if outcome == "done" else "refused" if told.declined else "missed"] += 1
         if outcome in ("done", "late"):
             told.finish = now
             tally["slack_us"] = min(tally.get("slack_us", told.due - now), told.due - now)
@@ -96,7 +97,7 @@ class Account:
             self._news.jobs_lost += 1
 
     def _of(self, task: str) -> dict[str, int]:
-        return self.tally.setdefault(task, {"done": 0, "missed": 0})
+        return self.tally.setdefault(task, {"done": 0, "missed": 0, "refused": 0})
 
     def segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
         """An engine has ended what it was at."""

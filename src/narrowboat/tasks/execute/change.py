@@ -68,7 +68,8 @@ class Changer:
                 message = f"the change failed: {type(error).__name__}: {error}"
                 self._pipe.tell("refused", number=told["number"], type="ExecutorError", message=message)
             else:
-                self._pipe.tell("changed", number=told["number"])
+                last = self._executor.account.record.changes[-1]
+                self._pipe.tell("changed", number=told["number"], begin=last.begin, end=last.end, allowed=last.allowed)
 
     def _change(self, told: dict[str, Any]) -> None:
         executor, before = self._executor, self._now

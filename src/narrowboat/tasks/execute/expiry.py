@@ -27,5 +27,5 @@ def hopeless(view: View, under: Mapping[Job, Underway], now: int) -> list[tuple[
         elif about.withdrawn:
             found.append((job, WITHDRAWN))
         elif about.expires is not None and now >= about.expires:
-            found.append((job, UNWANTED if job.started is not None else EXPIRED))
+            found.append((job, UNWANTED))
     return found

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from narrowboat.tasks.execute.account import Account
+from narrowboat.tasks.execute.figures import major_faults
 from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.policy.action import Engine, View
@@ -68,4 +69,4 @@ def plain(told: dict[str, Any]) -> dict[str, Any]:
     """A picture as JSON has it."""
     jobs = [{name: getattr(job, name) for name in _JOB} for job in told["jobs"]]
     segments = [(p.engine, p.what, p.task, p.job, p.block, p.begin, p.end, p.nbytes) for p in told["segments"]]
-    return {**told, "jobs": jobs, "segments": segments}
+    return {**told, "jobs": jobs, "segments": segments, "major_faults": major_faults()}

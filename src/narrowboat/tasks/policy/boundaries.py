@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from narrowboat.tasks.job import Job
 from narrowboat.tasks.policy.action import Action, Do, Engine, View
-from narrowboat.tasks.policy.order import Order
+from narrowboat.tasks.policy.order import Order, first
 
 
 class BlockBoundaries:
@@ -32,7 +32,7 @@ class BlockBoundaries:
             begun = next((job for job in pending if job.started is not None), None)
             if begun is not None:
                 return begun
-        return min(pending, key=self.order, default=None)
+        return first(pending, self.order)
 
     def choose(self, view: View) -> Sequence[Action]:
         """At a boundary the next segment; between boundaries nothing, but for giving a prefetch up."""

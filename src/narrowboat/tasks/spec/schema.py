@@ -149,9 +149,13 @@ class TaskSpec(_Strict):
     """One task."""
 
     name: Name
-    model: Annotated[str | None, Field(description="package.module:factory, zoo:NAME, or a Hugging Face folder.")] = (
-        None
-    )
+    model: Annotated[
+        str | None,
+        Field(
+            description="package.module:factory, zoo:NAME, a Hugging Face folder; or text:FOLDER?window=64 for its "
+            "next token, embed:FOLDER?window=128 for a sentence's embedding."
+        ),
+    ] = None
     weights: Annotated[str | None, Field(description="The weights file; relative to tasks.yaml.")] = None
     input: Annotated[InputSpec | None, Field(description="The model's example inputs if left out.")] = None
     labels: Annotated[

@@ -4,12 +4,12 @@ swap; tasks with deadlines; training beside recompute.
 Every subject runs in a child process of its own. Results are written after each child, so that nothing is lost when
 the time is over, and ``--resume`` goes on with what is missing. Writes ``cuda.json`` and ``cuda.md``.
 
-    python benchmarks/cuda.py --out cuda.json                   # an H100 of 80 GB: 15 to 20 minutes
-    python benchmarks/cuda.py --quick --out cuda.json           # less than 8 minutes
-    python benchmarks/cuda.py --only vit,swap --out cuda.json
-    python benchmarks/cuda.py --resume cuda.json --out cuda.json --again vit/narrowboat
-    python benchmarks/cuda.py --device emulated:256MiB:1GB --small --out /tmp/cuda.json     # that it works, no GPU
-    python benchmarks/cuda.py --report cuda.json                # tables and checks anew, measuring nothing
+    python benchmarks/gpu.py --out cuda.json                   # an H100 of 80 GB: 15 to 20 minutes
+    python benchmarks/gpu.py --quick --out cuda.json           # less than 8 minutes
+    python benchmarks/gpu.py --only vit,swap --out cuda.json
+    python benchmarks/gpu.py --resume cuda.json --out cuda.json --again vit/narrowboat
+    python benchmarks/gpu.py --device emulated:256MiB:1GB --small --out /tmp/cuda.json     # that it works, no GPU
+    python benchmarks/gpu.py --report cuda.json                # tables and checks anew, measuring nothing
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _leave(*_: Any) -> NoReturn:
 
 def _command() -> str:
     """As typed, to be typed again."""
-    return shlex.join(["python", "benchmarks/cuda.py", *sys.argv[1:]])
+    return shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
 
 
 def _import_for_children() -> None:

@@ -1,0 +1,130 @@
+"""``narrowboat serve``: tasks over the network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_lines
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from narrowboat.cli.output import error_console
+from narrowboat.errors import ServeError, UsageError
+from narrowboat.quantities import parse_seconds
+
+if TYPE_CHECKING:
+    from narrowboat.serve.server import Addresses
+
+_NEEDED = ("fastapi", "uvicorn", "httptools", "uvloop", "orjson", "prometheus_client", "jinja2", "PIL")
+_FOR_GRPC = ("grpc", "google.protobuf")
+
+
+class Level(StrEnum):
+    """From where up the log is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def serve(
+    tasks: Annotated[Path, typer.Argument(metavar="TASKS.yaml", help="The tasks; see docs/tasks.md.")],
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Name or address to listen on. Others need --tokens and TLS.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="For HTTP; 0 has the kernel choose one.")] = 8000,
+    grpc_port: Annotated[
+        str | None, typer.Option(metavar="PORT", help="For gRPC; 0 as above, none for no gRPC. [default: --port + 1]")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Bearer tokens, one a line: `use TOKEN` or `admin TOKEN`.")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: certificate chain, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Clients may load models from here, besides those in TASKS.")
+    ] = None,
+    drain: Annotated[str, typer.Option(metavar="TIME", help="For requests under way when it is told to end.")] = "30s",
+    log_level: Annotated[Level, typer.Option("--log-level", help="Of the log on stderr.")] = Level.INFO,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON line when it serves.")] = False,
+) -> None:
+    """Serve tasks over HTTP and gRPC, with a page to watch them; they run in a process of their own.
+
+    Signal HUP has TASKS read again; TERM and Ctrl-C let what is under way end, twice do not. Tokens are also read
+    from NARROWBOAT_TOKEN and NARROWBOAT_ADMIN_TOKEN.
+
+    Exit code 1 if it cannot be started, gives up, or was told twice to end.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
+    chosen = _grpc_port(grpc_port, port)
+    _need_packages(grpc=chosen is not None)
+    from narrowboat.serve import logs
+    from narrowboat.serve.gateway import make_gateway
+    from narrowboat.serve.server import run_server
+    from narrowboat.serve.settings import ServeSettings
+
+    settings = ServeSettings(
+        tasks=tasks,
+        host=host,
+        port=port,
+        grpc_port=chosen,
+        tokens=tokens,
+        certificate=certificate,
+        key=key,
+        models=models,
+        drain_seconds=parse_seconds(drain, what="--drain"),
+        access_log=access_log,
+    )
+    logs.set_up(log_level.value)
+    screen = error_console()
+
+    def tell(said: str) -> None:
+        if screen.is_terminal and not json:
+            screen.print(said, highlight=False, markup=False)
+        else:
+            logs.log("progress", said=said)
+
+    if not run_server(settings, make_gateway, tell, lambda addresses: _announce(addresses, json)):
+        raise typer.Exit(1)
+
+
+def _announce(addresses: Addresses, json: bool) -> None:
+    if json:
+        told = {"http": addresses.http, "grpc": addresses.grpc, "pid": os.getpid()}
+        sys.stdout.write(json_lines.dumps(told) + "\n")
+    else:
+        sys.stdout.write(f"serving {addresses.http}  (HTTP: Open Inference Protocol, OpenAI, the live page)\n")
+        if addresses.grpc is not None:
+            sys.stdout.write(f"serving {addresses.grpc}  (gRPC: Open Inference Protocol)\n")
+    sys.stdout.flush()
+
+
+def _grpc_port(given: str | None, port: int) -> int | None:
+    if given is None:
+        return port + 1 if 0 < port < 65535 else 0
+    if given == "none":
+        return None
+    if not given.isascii() or not given.isdigit():
+        raise UsageError(f"--grpc-port {given}: give a number, 0 to have the kernel choose one, or none")
+    return int(given)
+
+
+def _need_packages(*, grpc: bool) -> None:
+    needed = (*_NEEDED, *(_FOR_GRPC if grpc else ()))
+    missing = [name for name in needed if not _is_there(name)]
+    if missing:
+        raise ServeError(f"serving needs more packages ({', '.join(missing)}): pip install 'narrowboat[serve]'")
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False

@@ -1,0 +1,1 @@
+"""What is seen of the gateway: metrics, traces, spans, and whether the promise stands."""

@@ -23,7 +23,7 @@ ASKED = (
 )
 FREE = (
     '  - {name: free, model: "tasks_test_nets:deep", weights: deep.safetensors, input: {queue: q}, '
-    "contract: {burst: 8, period: 10ms}, deadline: 80ms, guarantee: best-effort}\n"
+    "contract: {burst: 50, period: 20ms}, deadline: 1s, guarantee: best-effort}\n"
 )
 CLOCKED = '  - {name: clocked, model: "tasks_test_nets:deep", weights: deep.safetensors, period: 1s}\n'
 

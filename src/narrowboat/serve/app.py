@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from narrowboat import __version__
 from narrowboat.serve.errors_http import install
+from narrowboat.serve.express import Express
 from narrowboat.serve.guard.door import Door
 from narrowboat.serve.guard.tokens import Tokens
 from narrowboat.serve.interface import Gateway
@@ -85,6 +86,10 @@ def make_app(
         tokens: that are known; None lets everyone do everything.
         rooms: makes what is behind the door.
     """
+    from narrowboat.serve.oip.routes import infer_handler
+
     made = rooms(gateway, settings)
-    door = Door(made, gateway, tokens or Tokens(), settings.limits, access_log=settings.access_log)
+    infer = infer_handler(gateway, max_bytes=settings.limits.body_bytes)
+    inside = Express(made, infer) if rooms is make_rooms else made
+    door = Door(inside, gateway, tokens or Tokens(), settings.limits, access_log=settings.access_log)
     return App(made, door, getattr(gateway, "watch", None))

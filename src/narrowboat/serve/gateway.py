@@ -297,7 +297,7 @@ class LiveGateway:
             except NarrowboatError as error:
                 raise _conflict(error) from error
             finally:
-                if live is self._supervisor.live:
+                if live is self._supervisor.live and live.task_set is not self._task_set:
                     self._in_force(live.task_set)
             return self._plan
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from narrowboat.errors import ExecutorError, UsageError
-from narrowboat.tasks.costed import slots_of
+from narrowboat.tasks.contract import Bucket
+from narrowboat.tasks.costed import arrival_of, slots_of
 from narrowboat.tasks.execute.exchange import Areas, Exchange, Slots
 from narrowboat.tasks.record import beyond
 from narrowboat.tasks.spec.schema import TaskSpec
@@ -57,13 +59,13 @@ class Form:
         number: by which the executor knows it.
         signature: of the task.
         slots: in shared memory.
-        period: in which one more may come, microseconds.
+        bucket: holds whoever offers to the contract already here: what is beyond it costs the executor nothing.
     """
 
     number: int
     signature: Signature
     slots: Slots
-    period: int
+    bucket: Bucket
 
 
 class Offers:
@@ -95,11 +97,14 @@ class Offers:
             if "error" in told:
                 raise UsageError(f"task {spec.name!r} cannot take inputs from a queue: {told['error']}")
             signature, known = Signature.from_json(told), self._forms.get(spec.name)
+            bucket = Bucket(spec.step, arrival_of(spec).jitter)
+            if known is not None:
+                bucket.go_on_from(known.bucket)
             if known is not None and known.signature == signature and known.slots.count == slots_of(spec):
-                made[spec.name] = replace(known, period=spec.step)
+                made[spec.name] = replace(known, bucket=bucket)
             else:
                 slots = self._areas.make(signature.slot_bytes, slots_of(spec))
-                made[spec.name] = Form(next(self._numbers), signature, slots, spec.step)
+                made[spec.name] = Form(next(self._numbers), signature, slots, bucket)
         return made
 
     def put_in_force(self, forms: dict[str, Form]) -> None:
@@ -144,14 +149,18 @@ class Offers:
         Returns:
             A ticket to withdraw it with.
         """
+        now = time.monotonic_ns() // 1000
         with self._lock:
             ticket = next(self._tickets)
-            form = self._forms.get(task)
-            slot = form.slots.take() if form is not None and self._over is None else None
+            form, slot, wait = self._forms.get(task), None, 0
+            if form is not None and self._over is None:
+                wait = form.bucket.wait(now)
+                slot = form.slots.take() if not wait else None
             if form is not None and slot is not None:
+                form.bucket.take(now)
                 self._open[ticket] = form, slot, then
         if form is None or slot is None:
-            then(self._refusal(task, form))
+            then(self._refusal(task, form, wait))
             return ticket
         try:
             write(self._exchange.memory, [slot + offset for offset in form.signature.input_offsets])
@@ -163,12 +172,13 @@ class Offers:
             then(Delivery("skipped", "the executor does not keep up"))
         return ticket
 
-    def _refusal(self, task: str, form: Form | None) -> Delivery:
+    def _refusal(self, task: str, form: Form | None, wait: int) -> Delivery:
         if self._over is not None:
             return Delivery(LOST, str(self._over))
         if form is None:
             return Delivery("skipped", f"no task {task!r} takes inputs now")
-        return Delivery("skipped", beyond(form.period), wait=form.period)  # as many are under way as may be
+        wait = wait or form.bucket.period  # without: as many are under way as may be
+        return Delivery("skipped", beyond(wait), wait=wait)
 
     def withdraw(self, ticket: int) -> None:
         """Nobody waits for it any more; it ends at the next block boundary if it has begun. ``then`` is called yet."""

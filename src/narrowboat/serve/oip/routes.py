@@ -71,6 +71,11 @@ def router(gateway: Gateway, *, max_bytes: int = MAX_BYTES) -> APIRouter:
     return made
 
 
+def infer_handler(gateway: Gateway, *, max_bytes: int = MAX_BYTES) -> Handler:
+    """What answers an inference request whose ``path_params`` are known; the same as behind the route."""
+    return _Http(gateway, max_bytes).infer
+
+
 class _Http:
     def __init__(self, gateway: Gateway, max_bytes: int) -> None:
         self._gateway, self._max_bytes = gateway, max_bytes

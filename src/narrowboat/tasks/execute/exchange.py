@@ -59,7 +59,8 @@ class Exchange:
         try:
             made.append(os.memfd_create("narrowboat"))
             os.ftruncate(made[0], _SPAN)
-            made += [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2 * len(_RINGS))]
+            made.append(os.eventfd(0))  # offers: the executor has a thread that waits for nothing else
+            made += [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2 * len(_RINGS) - 1)]
             return cls(made)
         except OSError as error:
             for descriptor in made:

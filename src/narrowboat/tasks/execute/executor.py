@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from narrowboat.errors import BudgetError, DeviceLostError, NarrowboatError
 from narrowboat.tasks.execute import realtime
 from narrowboat.tasks.execute.account import Account
-from narrowboat.tasks.execute.arrangement import Arrangement, Switch
+from narrowboat.tasks.execute.arrangement import Switch
 from narrowboat.tasks.execute.arrivals import NO_WISH, Arrivals, Wish
 from narrowboat.tasks.execute.expiry import hopeless
 from narrowboat.tasks.execute.figures import major_faults
@@ -23,7 +24,7 @@ from narrowboat.tasks.execute.gate import described
 from narrowboat.tasks.execute.ground import Ground, HostGround
 from narrowboat.tasks.execute.loader import Loader, Order
 from narrowboat.tasks.execute.picture import picture
-from narrowboat.tasks.execute.running import OnEnd, Running, Underway
+from narrowboat.tasks.execute.running import Endings, OnEnd, Running, Underway
 from narrowboat.tasks.execute.space import SwapSpace
 from narrowboat.tasks.execute.volume import Move
 from narrowboat.tasks.execute.worker import Worker
@@ -78,13 +79,12 @@ class Executor:
         self._order: Order | None = None
         self._failure: BaseException | None = None
         self._wake = threading.Condition()
-        self._zero = 0
-        self._idle_since = 0
+        self._zero = self._idle_since = self._last_tick = 0
         self._ran: Job | None = None
         self._retried: tuple[Job | None, int] | None = None
-        self._last_tick = 0
         self._stirred = False  # a job has run since the heap's holes were given back
         self._switch: Switch | None = None
+        self._endings = Endings()
         self._starved = False  # nothing more could be loaded: nothing is loaded ahead until something was again
 
     # -- reports, from other threads -------------------------------------------------------------------
@@ -94,14 +94,22 @@ class Executor:
 
     def _report(self, handle: Callable[[], None]) -> None:
         """Take in that something has ended, and decide what follows. Errors are the dispatcher's, not the model's."""
+
+        def work() -> None:
+            handle()
+            self._view.now = self._now()
+            self._expire(self._view.now)
+            self._decide()
+
+        self._guarded(work)
+        self._endings.tell()  # what follows has been started: from here on nobody's boundary is delayed
+        self._guarded(lambda: self.account.look(self._now()))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         with self._wake:
             if self._failure is None:
                 try:
-                    handle()
-                    self._view.now = self._now()
-                    self._expire(self._view.now)
-                    self._decide()
-                    self.account.look(self._now())  # what follows has been started: this delays nobody's boundary
+                    work()
                 except BaseException as error:
                     self._failure = error
             if self._failure is not None or not self._view.pending:
@@ -109,17 +117,14 @@ class Executor:
 
     def computed(self, worker: Worker, block: int) -> None:
         """A block before the last is done."""
-        when = self._now()
-        self._report(lambda: self._after_compute(None, when, None))
+        self._report(partial(self._after_compute, None, self._now(), None))
 
     def finished(self, worker: Worker, job: Job, output: Any, error: BaseException | None) -> None:
         """A job has come to its end."""
-        when = self._now()
-        self._report(lambda: self._after_compute(job, when, error, output))
+        self._report(partial(self._after_compute, job, self._now(), error, output))
 
     def _loaded(self, order: Order) -> None:
-        when = self._now()
-        self._report(lambda: self._after_load(order, when))
+        self._report(partial(self._after_load, order, self._now()))
 
     # -- the run ---------------------------------------------------------------------------------------
 
@@ -130,9 +135,8 @@ class Executor:
             seconds: None for until ``stop_requested``.
             jobs: of each task at most.
         """
-        loader = self._loader = Loader(
-            self.space, self._enter(realtime.LOAD, self._cores[1]), self._loaded, self.ground
-        )
+        begin = self._enter(realtime.LOAD, self._cores[1])
+        loader = self._loader = Loader(self.space, begin, self._loaded, self.ground)
         loader.start()
         for task in self.tasks:
             self._start_worker(task)
@@ -194,6 +198,7 @@ class Executor:
                 self._view.upcoming = upcoming.facts if upcoming is not None and self._switch is None else None
                 self._expire(now)
                 self._decide()
+                self._endings.tell()
                 self._tick(now)
                 left = (
                     0.05
@@ -226,6 +231,7 @@ class Executor:
             self._view.now = self._now()
             if self._arrivals.offer(name, inputs, then, self._view.now, wish):
                 self._decide()
+        self._endings.tell()
 
     def withdraw(self, ticket: int) -> None:
         """From any thread: nobody waits for this job any more; it ends at the next boundary."""
@@ -235,6 +241,12 @@ class Executor:
             self._view.now = self._now()
             self._expire(self._view.now)
             self._decide()
+        self._endings.tell()
+
+    def enter(self) -> None:
+        """The calling thread hears what is offered: it is the dispatcher's."""
+        self.begun.wait()
+        self._enter(realtime.DISPATCH, self._cores[1])()
 
     def _expire(self, now: int) -> None:
         for job, cause in hopeless(self._view, self._under, now):
@@ -250,7 +262,7 @@ class Executor:
         for block in range(job.computed, job.loaded):
             self._let_go(job.task, block)
         if under.then is not None:
-            under.then(under.told, output)
+            self._endings.add(under.then, under.told, output)
 
     def _let_go(self, task: TaskFacts, block: int) -> None:
         place = self._arrivals.by_name[task.name].model.places[block]
@@ -346,7 +358,7 @@ class Executor:
             again = isinstance(order.error, BudgetError) and self._retried != (job, action.block)
             self._retried = (job, action.block)
             if job is not None and job in self._under and not again:  # room may have come while it failed
-                self._fail(job, when, f"loading failed: {described(order.error)}")
+                self._fail(job, f"loading failed: {described(order.error)}")
         elif action.do is Do.PREFETCH:
             view.prefetched = action.task
         elif job is not None and job in self._under:
@@ -400,20 +412,16 @@ class Executor:
         elif task.overrun == "abort" and job in self._under:
             self._abort(job, "over its budget")
 
-    def _abort(self, job: Job, cause: str) -> None:
+    def _abort(self, job: Job, cause: str, outcome: str = "aborted") -> None:
         worker = self._arrivals.by_name[job.task.name].worker
         if worker is not None and job.computed:
             worker.end_job()
-        self._end(job, self._now(), "aborted", cause)
+        self._end(job, self._now(), outcome, cause)
 
-    def _fail(self, job: Job, when: int, cause: str) -> None:
-        worker = self._arrivals.by_name[job.task.name].worker
+    def _fail(self, job: Job, cause: str) -> None:
         computing = self._view.doing.get(Engine.COMPUTE)
-        if computing is not None and computing.job is job:
-            return  # the block under way ends first; the next one will be asked for again
-        if worker is not None and job.computed:
-            worker.end_job()
-        self._end(job, when, "failed", " ".join(cause.split())[:300])
+        if computing is None or computing.job is not job:  # else the block under way ends first, and it is asked again
+            self._abort(job, " ".join(cause.split())[:300], "failed")
 
     # -- other tasks, another budget -------------------------------------------------------------------
 
@@ -461,7 +469,11 @@ class Executor:
         except NarrowboatError as error:
             failed = str(error)
             switch.before.put_in_force(self.space, switch.to)
-        self._take_over(switch.before if failed else switch.to, now)
+        arrangement = switch.before if failed else switch.to
+        for task in arrangement.succeed(self._arrivals.by_name, now):
+            self._start_worker(task)
+        self.tasks, self.policy = list(arrangement.tasks), arrangement.policy
+        self._arrivals.replace(self.tasks)
         self.ground.limit(switch.to.budget, switch.to.pool_bytes)
         end = self._now()
         if failed:
@@ -469,13 +481,6 @@ class Executor:
         self.account.changed(now, end, switch.to.budget, switch.to.setup, switch.allowed)
         switch.done(failed)
         return True
-
-    def _take_over(self, arrangement: Arrangement, now: int) -> None:
-        """The tasks of an arrangement in the place of those there were."""
-        for task in arrangement.succeed(self._arrivals.by_name, now):
-            self._start_worker(task)
-        self.tasks, self.policy = list(arrangement.tasks), arrangement.policy
-        self._arrivals.replace(self.tasks)
 
     def _tick(self, now: int) -> None:
         if self._on_tick is None or now - self._last_tick < 100_000:
@@ -486,12 +491,10 @@ class Executor:
     def _shut(self, loader: Loader) -> None:
         if self._order is not None:
             self._order.give_up()
-        for task in self.tasks:
-            if task.worker is not None:
-                task.worker.end_job()
-                task.worker.stop()
+        workers = [task.worker for task in self.tasks if task.worker is not None]
+        for worker in workers:
+            worker.end_job()
+            worker.stop()
         loader.stop()
-        loader.join(_GRACE)
-        for task in self.tasks:
-            if task.worker is not None:
-                task.worker.join(_GRACE)
+        for thread in (loader, *workers):
+            thread.join(_GRACE)

@@ -70,7 +70,7 @@ class Ring:
     # -- the side that reads ---------------------------------------------------------------------------
 
     def take(self) -> list[bytes]:
-        """All messages there are; none if there are none."""
+        """All messages there are; where there are none, none, or it waits if ``items`` was made to wait."""
         try:
             count = os.eventfd_read(self.items)
         except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,8 @@ from narrowboat.tasks.execute.worker import Worker
 from narrowboat.tasks.job import TaskFacts
 from narrowboat.tasks.record import JobRecord
 
-# How a job ended, and its output if it has one. Called while the dispatcher decides: it must be quick.
+# How a job ended, and its output if it has one. Called when what follows has begun, sometimes by the dispatcher: it
+# must be quick.
 OnEnd = Callable[[JobRecord, Any], None]
 
 
@@ -116,3 +118,24 @@ class Underway:
     ticket: int | None = None
     expires: int | None = None
     withdrawn: bool = False
+
+
+class Endings:
+    """Jobs that have ended, whose owners are still to be told; any thread may add, and tell."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[OnEnd, JobRecord, Any]] = deque()
+
+    def add(self, then: OnEnd, told: JobRecord, output: Any) -> None:
+        """One more."""
+        self._waiting.append((then, told, output))
+
+    def tell(self) -> None:
+        """All there are."""
+        while True:
+            try:
+                then, told, output = self._waiting.popleft()
+            except IndexError:
+                return
+            then(told, output)
+            del output

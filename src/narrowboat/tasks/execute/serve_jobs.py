@@ -9,8 +9,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from narrowboat.errors import NarrowboatError
 from narrowboat.tasks.execute.arrivals import Wish
 from narrowboat.tasks.execute.exchange import Exchange
@@ -20,13 +18,14 @@ from narrowboat.tasks.record import JobRecord
 from narrowboat.tasks.tensors import Signature, TensorSpec, packed
 
 _SAID = 600  # characters of a cause that are told
+_LARGE = 1 << 16  # bytes of outputs from which on another thread than the job's writes them
 _BLOCKED = 5.0  # seconds without room for an answer, after which nobody is taken to read them
 
 _Ended = tuple[int, int, Signature, JobRecord, Any]
 
 
 class JobServer:
-    """Two threads: one hears what is offered, one tells what became of it.
+    """Two threads: one hears what is offered, one tells what became of it where that takes long.
 
     Every job that is offered has a slot in the asking side's memory, so there are never more than slots.
 
@@ -53,10 +52,9 @@ class JobServer:
         told.wait(_BLOCKED)
 
     def _hear(self) -> None:
-        offers = self._exchange.offers
+        self._executor.enter()
         while True:
-            offers.wait()
-            for message in offers.take():
+            for message in self._exchange.offers.take():
                 told = json.loads(message)
                 if "withdraw" in told:
                     self._executor.withdraw(told["withdraw"])
@@ -69,7 +67,11 @@ class JobServer:
         memory = self._exchange.memory
 
         def ended(job: JobRecord, output: Any) -> None:
-            self._ended.put((ticket, slot, signature, job, output))
+            told = (ticket, slot, signature, job, output)
+            if large or not self._exchange.answers.put(self._message(*told)):
+                self._ended.put(told)
+
+        large = signature.slot_bytes - signature.output_offset > _LARGE
 
         task = next((task for task in self._executor.tasks if task.facts.name == name), None)
         if task is not None and not _alike(task.model.input_specs, signature.inputs):
@@ -89,27 +91,30 @@ class JobServer:
             if isinstance(ended, threading.Event):
                 ended.set()
                 continue
-            ticket, slot, signature, job, output = ended
-            told: dict[str, Any] = {
-                "ticket": ticket,
-                "outcome": job.outcome,
-                "cause": job.cause[:_SAID],
-                "number": job.number,
-                "release_us": job.release,
-                "due_us": job.due,
-                "start_us": job.start,
-                "finish_us": job.finish,
-                "wait_us": job.wait,
-            }
-            if job.finish is not None:
-                try:
-                    told["output"] = self._lay_down(output, slot, signature)
-                except NarrowboatError as error:
-                    told["cause"], told["unsent"] = f"its output cannot be sent: {error}"[:_SAID], True
-            del output, ended
-            message = json.dumps(told).encode()
+            message = self._message(*ended)
+            del ended
             if not self._exchange.answers.put(message, timeout=_BLOCKED):
                 os._exit(1)  # whoever asked has hung: nothing to run for
+
+    def _message(self, ticket: int, slot: int, signature: Signature, job: JobRecord, output: Any) -> bytes:
+        """What is told of a job; its outputs are laid down."""
+        told: dict[str, Any] = {
+            "ticket": ticket,
+            "outcome": job.outcome,
+            "cause": job.cause[:_SAID],
+            "number": job.number,
+            "release_us": job.release,
+            "due_us": job.due,
+            "start_us": job.start,
+            "finish_us": job.finish,
+            "wait_us": job.wait,
+        }
+        if job.finish is not None:
+            try:
+                told["output"] = self._lay_down(output, slot, signature)
+            except NarrowboatError as error:
+                told["cause"], told["unsent"] = f"its output cannot be sent: {error}"[:_SAID], True
+        return json.dumps(told).encode()
 
     def _lay_down(self, output: Any, slot: int, signature: Signature) -> Any:
         """The outputs' bytes beside the inputs; what tells them apart from the signature, or None for nothing."""
@@ -119,9 +124,8 @@ class JobServer:
         if nbytes > signature.slot_bytes - signature.output_offset:
             raise NarrowboatError("it is larger than when the task was measured")
         memory = self._exchange.memory
-        with torch.inference_mode():
-            for tensor, spec, offset in zip(tensors, specs, offsets, strict=True):
-                lay_down(tensor, memory, slot + signature.output_offset + offset, spec)
+        for tensor, spec, offset in zip(tensors, specs, offsets, strict=True):
+            lay_down(tensor, memory, slot + signature.output_offset + offset, spec)
         if structure == signature.gives and _alike(specs, signature.outputs):
             return None
         return {"gives": structure, "specs": [spec.as_json() for spec in specs]}

@@ -68,7 +68,8 @@ def over(memory: memoryview, offset: int, spec: TensorSpec) -> torch.Tensor:
 def lay_down(tensor: torch.Tensor, memory: memoryview, offset: int, spec: TensorSpec) -> None:
     """Write a tensor's elements into ``memory`` from ``offset`` on."""
     if spec.nbytes:
-        over(memory, offset, spec).copy_(tensor.detach())
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory[offset : offset + spec.nbytes] = plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def signature_of(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Signature:

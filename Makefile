@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+# Kept to deadlines by the clock: they run by themselves.
+TIMED  := tests/tasks tests/serve/test_gateway.py tests/serve/openai/test_live.py
 
 # An OpenMP worker that spins for long starves whatever runs beside it; children inherit this.
 export GOMP_SPINCOUNT ?= 1000
@@ -13,7 +15,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench bench-plan bench-generate bench-training clean
+.PHONY: help venv install demo test lint format bench bench-plan bench-generate bench-training bench-serve clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +38,8 @@ test: $(STAMP)  ## run the tests (ARGS="-k name" for some of them)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else # deadlines are kept by themselves; the rest shares the cores
-	$(BIN)/python -m pytest tests/tasks
-	$(BIN)/python -m pytest -n 2 --ignore=tests/tasks
+	$(BIN)/python -m pytest $(TIMED)
+	$(BIN)/python -m pytest -n 2 $(addprefix --ignore=,$(TIMED))
 endif
 
 lint: $(STAMP)  ## ruff and mypy
@@ -60,6 +62,9 @@ bench-generate: $(STAMP)  ## measure decoding against accelerate, AirLLM and mma
 
 bench-training: $(STAMP)  ## measure training against recompute, accumulation, torch.compile and accelerate (ARGS=...)
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+bench-serve: $(STAMP)  ## measure the gateway: overhead, throughput, overload, kills, vanishing clients (ARGS=...)
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -84,6 +84,14 @@ def test_clients_may_say_how_a_task_is_to_run_and_never_what(file: Path) -> None
         known.spec("two")
 
 
+def test_what_if_may_name_a_model_that_is_known_and_needs_not_say_where_its_weights_are(file: Path) -> None:
+    known = Catalogue(file)
+    assert known.parse({"name": "x", "model": "zoo:resnet18", "period": "1s"}).weights == "one.safetensors"
+    for fields in ({"model": "zoo:vgg19"}, {"model": "zoo:resnet18", "weights": "/etc/passwd"}):
+        with pytest.raises(BadRequestError, match="not known here"):
+            known.parse({"name": "x", "period": "1s", **fields})
+
+
 def test_a_file_that_is_not_the_one_that_was_read_is_told(file: Path) -> None:
     known = Catalogue(file)
     known.check_unchanged()

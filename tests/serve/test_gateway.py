@@ -176,12 +176,12 @@ def test_an_executor_that_is_killed_is_started_anew_and_nobody_hangs(nets: Path,
         for _ in range(2):
             live = gateway._supervisor.live
             assert live is not None
-            crowd = [asyncio.create_task(outcome(gateway.infer("free", {"x": raw(ONES)}))) for _ in range(8)]
+            crowd = [asyncio.create_task(outcome(gateway.infer("free", {"x": raw(ONES)}))) for _ in range(40)]
             await asyncio.sleep(0)
             os.kill(live.pid, signal.SIGKILL)
             answers = await asyncio.wait_for(asyncio.gather(*crowd), 10)
             assert all(isinstance(answer, (Reply, NotServingError)) for answer in answers)
-            assert any(isinstance(answer, NotServingError) and "SIGKILL" in str(answer) for answer in answers)
+            assert any(isinstance(answer, NotServingError) and "SIGKILL" in str(answer) for answer in answers), answers
             with pytest.raises(NotServingError):
                 await gateway.infer("free", {"x": raw(ONES)})
             await until(lambda: gateway.state == "restarting")
@@ -191,6 +191,21 @@ def test_an_executor_that_is_killed_is_started_anew_and_nobody_hangs(nets: Path,
                 assert torch.equal(first(await gateway.infer("free", {"x": raw(ONES)})), plain(ONES))
             assert gateway.plan()["budget_bytes"] == 70 << 20, "what was in force is in force again"
         assert open_files() == files
+
+    with_gateway(write(nets), work)
+
+
+def test_an_executor_that_hangs_is_ended_and_started_anew(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.serve.supervisor._SILENT", 2.0)
+
+    async def work(gateway: LiveGateway) -> None:
+        live = gateway._supervisor.live
+        assert live is not None
+        os.kill(live.pid, signal.SIGSTOP)
+        answer = await asyncio.wait_for(outcome(gateway.infer("free", {"x": raw(ONES)})), 20)
+        assert isinstance(answer, NotServingError)
+        await until(lambda: gateway.state == "serving" and gateway._supervisor.live not in (None, live), 60)
+        assert isinstance(await gateway.infer("free", {"x": raw(ONES)}), Reply)
 
     with_gateway(write(nets), work)
 

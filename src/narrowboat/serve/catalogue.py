@@ -112,12 +112,16 @@ class Catalogue:
             parsed = tasks_from({"budget": self.settings.budget, "tasks": [dict(fields)]}, "task").tasks[0]
         except TaskSpecError as error:
             raise BadRequestError(str(error)) from error
-        if parsed.blocks is None and network_key(parsed) not in {
-            network_key(spec) for spec in self.specs.values() if spec.blocks is None
-        }:
+        if parsed.blocks is not None:
+            return parsed
+        models = [spec for spec in self.specs.values() if spec.blocks is None]
+        if parsed.weights is None:  # those it has here
+            of = next((spec.weights for spec in models if spec.model == parsed.model), None)
+            parsed = parsed.model_copy(update={"weights": of})
+        if network_key(parsed) not in {network_key(spec) for spec in models}:
             raise BadRequestError(
                 f"model {parsed.model!r} is not known here: describe it by blocks, or name one of "
-                + ", ".join(sorted({str(spec.model) for spec in self.specs.values() if spec.model is not None}))
+                + ", ".join(sorted({str(spec.model) for spec in models}))
             )
         return parsed
 

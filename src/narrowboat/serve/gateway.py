@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ from narrowboat.tasks.task_set import TaskSet
 from narrowboat.tasks.tensors import RawTensor, TensorSpec
 
 _SWITCH_INTERVAL = 0.0005  # seconds; an admission test beside must not hold answers up for Python's 5 ms
+_COLLECT = (20_000, 20, 50)  # allocations and rounds between collections: a full one takes some ten milliseconds
 _SOON = 1.0  # seconds after which a client may try again where nothing better is known
 _RANKS = 1 << 32  # a request's priority comes before all that have none
 _LONGEST = 1 << 50  # microseconds: a timeout beyond it is none
@@ -80,6 +82,8 @@ class LiveGateway:
             NarrowboatError: a model, weights or inputs cannot be used.
         """
         sys.setswitchinterval(_SWITCH_INTERVAL)
+        gc.freeze()  # what was imported stays
+        gc.set_threshold(*_COLLECT)
         self._known, first = await asyncio.to_thread(self._measure)
         await self._supervisor.start(first)
         self._in_force(first)

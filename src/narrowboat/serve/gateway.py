@@ -299,6 +299,8 @@ class LiveGateway:
             except RequestError:
                 raise
             except NarrowboatError as error:
+                if not live.running:
+                    raise NotServingError(f"{error}; nothing was changed", retry_after=_SOON) from error
                 raise _conflict(error) from error
             finally:
                 if live is self._supervisor.live and live.task_set is not self._task_set:

@@ -189,6 +189,8 @@ class Offers:
         """Tell what has become of jobs meanwhile."""
         for message in self._exchange.answers.take():
             told = json.loads(message)
+            if told["ticket"] not in self._open:
+                continue  # it was given up as lost when the executor went
             form, slot, then = self._open[told["ticket"]]
             outputs, gives = self._read(told, form, slot)
             self._settle(told["ticket"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from narrowboat.errors import AdmissionError, NarrowboatError
 from narrowboat.quantities import format_bytes
 from narrowboat.tasks.analysis.memory import largest_pair
-from narrowboat.tasks.spec.schema import network_key
+from narrowboat.tasks.spec.schema import TaskSpec, network_key
 from narrowboat.tasks.task_set import TaskSet
 from narrowboat.tasks.words import format_exactly
 
@@ -19,6 +19,7 @@ from narrowboat.tasks.words import format_exactly
 _PER_NETWORK, _PER_UNIT = 4_000, 250  # microseconds
 _POOL_RATE = 1 << 10  # bytes per microsecond by which the pool grows, at least; 2.9 KiB was seen
 _SLOW = 0.01  # microseconds per byte where no unit says how long reading takes
+_ROUNDS = 4  # of taking bytes from what is resident, until new networks can warm up beside it
 _SKELETON = 2 << 20  # bytes of Python objects that opening a network leaves, beyond what it counts
 
 
@@ -67,7 +68,7 @@ def plan_change(now: TaskSet, new: TaskSet) -> Transition:
         if getattr(now.settings, core) != getattr(new.settings, core):
             raise AdmissionError(f"{core} cannot be changed while tasks run: stop the run and start it anew")
     refused: AdmissionError | None = None
-    for option in (lambda: new, lambda: _keeping(now, new)):
+    for option in (lambda: new, lambda: _roomier(now, new), lambda: _keeping(now, new)):
         found = option()
         if found is None:
             continue
@@ -82,22 +83,11 @@ def plan_change(now: TaskSet, new: TaskSet) -> Transition:
 def _judge(now: TaskSet, new: TaskSet) -> Transition:
     verdict = new.require_runnable()
     assert verdict.tolerance is not None
-    known = {network_key(task): task for task in now.settings.tasks}
-    fresh = [spec for spec in new.settings.tasks if network_key(spec) not in known]
+    fresh = _fresh(now, new)
     allowed, warm_setup, prepare, room = verdict.tolerance, None, 0, None
     if fresh:
         names = {spec.name for spec in fresh}
-        warming = new.with_settings(
-            new.settings.model_copy(
-                update={
-                    "tasks": tuple(
-                        spec.model_copy(update={"guarantee": "best-effort"}) if spec.name in names else spec
-                        for spec in new.settings.tasks
-                    )
-                }
-            ),
-            new.allocation.tasks,
-        )
+        warming = _warming(new, names)
         try:
             least = warming.require().tolerance
         except AdmissionError as error:
@@ -119,6 +109,38 @@ def _judge(now: TaskSet, new: TaskSet) -> Transition:
             verdict,
         )
     return Transition(new, warm_setup, pause, allowed, prepare, room)
+
+
+def _fresh(now: TaskSet, new: TaskSet) -> list[TaskSpec]:
+    """Tasks whose networks are not there yet."""
+    known = {network_key(task) for task in now.settings.tasks}
+    return [spec for spec in new.settings.tasks if network_key(spec) not in known]
+
+
+def _warming(new: TaskSet, names: Collection[str]) -> TaskSet:
+    """The new set while these tasks are promised nothing yet, laid out as it will be."""
+    tasks = tuple(
+        spec.model_copy(update={"guarantee": "best-effort"}) if spec.name in names else spec
+        for spec in new.settings.tasks
+    )
+    return new.with_settings(new.settings.model_copy(update={"tasks": tasks}), new.allocation.tasks)
+
+
+def _roomier(now: TaskSet, new: TaskSet) -> TaskSet | None:
+    """The new set with fewer bytes resident, where new networks take more while they warm up: all may preempt them."""
+    names = {spec.name for spec in _fresh(now, new)}
+    budget, found = new.settings.budget, new
+    for _ in range(_ROUNDS if names else 0):
+        over = _warming(found, names).admit().needed_bytes - new.settings.budget
+        if over <= 0:
+            return None if found is new else found
+        budget -= over
+        try:
+            less = new.with_settings(new.settings.model_copy(update={"budget": budget}))
+            found = new.with_settings(new.settings, less.allocation.tasks)
+        except NarrowboatError:
+            return None
+    return None
 
 
 def _make_room(now: TaskSet, nbytes: int, names: Sequence[str]) -> Transition:

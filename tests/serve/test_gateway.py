@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from narrowboat.errors import (
     BeyondContractError,
     ConflictError,
     ExpiredError,
+    JobFailedError,
     NoSuchTaskError,
     NotServingError,
     TasksChangedError,
+    TooLargeError,
 )
 from narrowboat.serve.gateway import LiveGateway
 from narrowboat.serve.interface import Reply
@@ -208,6 +211,46 @@ def test_an_executor_that_hangs_is_ended_and_started_anew(nets: Path, monkeypatc
         assert isinstance(await gateway.infer("free", {"x": raw(ONES)}), Reply)
 
     with_gateway(write(nets), work)
+
+
+def test_a_question_that_takes_too_long_is_given_up(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrowboat.serve.gateway._JUDGED", 0.5)
+    block = {"load": "1us", "compute": "1us", "bytes": "4KB"}
+    add = [{"name": f"t{k}", "blocks": [block] * 100, "period": f"{k * 7 + 101}ms"} for k in range(60)]
+
+    async def work(gateway: LiveGateway) -> None:
+        asked = [outcome(gateway.what_if({"add": add})) for _ in range(7)]  # type: ignore[arg-type]
+        answers = await asyncio.gather(*asked)
+        assert [type(answer) for answer in answers] == [TooLargeError] * 4 + [BeyondContractError] * 3
+        await until(lambda: not [t for t in threading.enumerate() if t.name == "narrowboat-aside"])
+        assert (await gateway.what_if({}))["admitted"]
+
+    with_gateway(write(nets), work)
+
+
+def test_weights_that_are_written_over_are_an_error_and_no_wrong_answer(nets: Path, plain: torch.nn.Module) -> None:
+    weights = nets / "deep.safetensors"
+    kept = weights.read_bytes()
+
+    async def work(gateway: LiveGateway) -> None:
+        least = (await gateway.what_if({"budget": "1MiB"}))["plan"]["needed_bytes"]
+        await gateway.set_budget(least + (64 << 10))
+        assert any(block["bytes"] for block in gateway.plan()["tasks"][0]["blocks"]), "some of it is read each time"
+        weights.write_bytes(bytes(len(kept)))
+        for _ in range(4):
+            answer = await outcome(gateway.infer("free", {"x": raw(ONES)}))
+            if isinstance(answer, Reply):  # from what was in memory
+                with torch.inference_mode():
+                    assert torch.equal(first(answer), plain(ONES))
+            else:
+                assert isinstance(answer, JobFailedError) and "was altered" in str(answer)
+                assert str(nets) not in str(answer), "no path of this machine"
+        assert isinstance(answer, JobFailedError)
+
+    try:
+        with_gateway(write(nets, FREE), work)
+    finally:
+        weights.write_bytes(kept)
 
 
 def test_a_file_of_tasks_that_changed_is_told_and_can_be_read_again(nets: Path) -> None:

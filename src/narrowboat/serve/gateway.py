@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,12 +20,15 @@ from narrowboat.errors import (
     NarrowboatError,
     NotServingError,
     RequestError,
+    TooLargeError,
     UsageError,
 )
+from narrowboat.serve.aside import aside
 from narrowboat.serve.catalogue import Catalogue
 from narrowboat.serve.faces import Faces
 from narrowboat.serve.hub import Hub, Subscription
 from narrowboat.serve.interface import Reply, State, TaskFace
+from narrowboat.serve.logs import log
 from narrowboat.serve.plan import plan_of
 from narrowboat.serve.settings import ServeSettings
 from narrowboat.serve.supervisor import Supervisor
@@ -36,8 +41,11 @@ from narrowboat.tasks.task_set import TaskSet
 from narrowboat.tasks.tensors import RawTensor, TensorSpec
 
 _SWITCH_INTERVAL = 0.0005  # seconds; an admission test beside must not hold answers up for Python's 5 ms
+_ASKING = 4  # what-if questions that are judged or wait
+_JUDGED = 20.0  # seconds that one may take
 _COLLECT = (20_000, 20, 50)  # allocations and rounds between collections: a full one takes some ten milliseconds
 _SOON = 1.0  # seconds after which a client may try again where nothing better is known
+_PATHS = re.compile(r"(?:/[^/\s:]+)+/")  # of this machine: they are in the log, and no client's business
 _RANKS = 1 << 32  # a request's priority comes before all that have none
 _LONGEST = 1 << 50  # microseconds: a timeout beyond it is none
 
@@ -70,6 +78,7 @@ class LiveGateway:
         self._supervisor = Supervisor(self._ticked, self._executor_is)
         self._changing = asyncio.Lock()
         self._asking = asyncio.Semaphore(1)
+        self._waiting = 0
         self._plan: dict[str, Any] = {}
 
     # -- from beginning to end -------------------------------------------------------------------------
@@ -84,7 +93,7 @@ class LiveGateway:
         sys.setswitchinterval(_SWITCH_INTERVAL)
         gc.freeze()  # what was imported stays
         gc.set_threshold(*_COLLECT)
-        self._known, first = await asyncio.to_thread(self._measure)
+        self._known, first = await aside(self._measure)
         await self._supervisor.start(first)
         self._in_force(first)
         self._become("serving", "")
@@ -111,7 +120,7 @@ class LiveGateway:
         await self._supervisor.kill()
         self._become("stopped", "")
         self._hub.close()
-        await asyncio.to_thread(self.watch.close)
+        await aside(self.watch.close)
 
     async def reload(self) -> None:
         """Read the file of tasks again and go on with what it says now.
@@ -120,7 +129,7 @@ class LiveGateway:
             RequestError: refused; everything is as it was.
             TaskSpecError: the file cannot be used.
         """
-        catalogue = await asyncio.to_thread(Catalogue, self._settings.tasks, self._settings.models)
+        catalogue = await aside(lambda: Catalogue(self._settings.tasks, self._settings.models))
 
         def ask(now: TaskSet) -> TaskSet:
             known = TaskSet(catalogue.everything(), catalogue.folder)
@@ -136,6 +145,7 @@ class LiveGateway:
         except BaseException:
             self._known = before[1]
             raise
+        self._tell(f"{self._settings.tasks.name} was read again: {len(catalogue.specs)} tasks")
         self._catalogue = catalogue
         self._faces = Faces(catalogue)
         self._in_force(self._running)
@@ -295,7 +305,7 @@ class LiveGateway:
             if live is None:
                 raise NotServingError(f"{self.state}: {self.said}", retry_after=_SOON)
             try:
-                await asyncio.to_thread(lambda: live.change(ask(live.task_set)))
+                await aside(lambda: live.change(ask(live.task_set)))
             except RequestError:
                 raise
             except NarrowboatError as error:
@@ -313,8 +323,19 @@ class LiveGateway:
         now = self._running
         known = self._known
         assert known is not None
-        async with self._asking:
-            return await asyncio.to_thread(partial(asked.answer, now, known))
+        if self._waiting >= _ASKING:
+            raise BeyondContractError(f"{_ASKING} such questions are being judged or wait", retry_after=_SOON)
+        self._waiting += 1
+        try:
+            async with self._asking:
+                return await aside(partial(asked.answer, now, known), _JUDGED, stoppable=True)
+        except TimeoutError:
+            raise TooLargeError(
+                f"judging this takes longer than {_JUDGED:g} s: ask about fewer tasks, fewer blocks, or periods that "
+                "have more in common"
+            ) from None
+        finally:
+            self._waiting -= 1
 
     def plan(self) -> dict[str, Any]:
         """See ``interface.Gateway``."""
@@ -381,7 +402,8 @@ def _refusal(task: str, told: Delivery) -> RequestError:
     if told.outcome == LOST:
         return NotServingError(f"{cause}; the request is lost", retry_after=_SOON)
     if told.outcome == "failed":
-        return JobFailedError(cause)
+        log("failed", level=logging.ERROR, task=task, cause=told.cause)
+        return JobFailedError(_PATHS.sub("", cause))
     if told.outcome == "aborted" or told.cause in (EXPIRED, UNWANTED, WITHDRAWN):
         return ExpiredError(cause)
     if told.cause.startswith(BEYOND):

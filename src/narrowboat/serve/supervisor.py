@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from narrowboat.errors import ExecutorError, NarrowboatError
+from narrowboat.serve.aside import aside
 from narrowboat.tasks.live import LiveRun
 from narrowboat.tasks.task_set import TaskSet
 
@@ -49,12 +50,11 @@ class Supervisor:
 
     async def _begin(self, task_set: TaskSet) -> None:
         self.starts += 1
-        making = asyncio.create_task(asyncio.to_thread(self._make, task_set))
+        making = asyncio.ensure_future(aside(lambda: self._make(task_set)))
         try:
             live = await asyncio.shield(making)
-        except asyncio.CancelledError:  # told to end while it starts: it must not be left behind
-            with contextlib.suppress(NarrowboatError):
-                (await making).close()
+        except asyncio.CancelledError:  # told to end while it starts: it must not be left behind, nor waited for
+            making.add_done_callback(_close)
             raise
         loop = asyncio.get_running_loop()
         for descriptor in live.descriptors:
@@ -112,7 +112,7 @@ class Supervisor:
         for descriptor in live.descriptors:
             loop.remove_reader(descriptor)
         self.live = None
-        await asyncio.to_thread(live.close)
+        await aside(live.close)
 
     async def stop(self) -> None:
         """End the run, jobs under way first, and start none anew."""
@@ -136,3 +136,8 @@ class Supervisor:
             if not done:
                 self._task.cancel()
                 await asyncio.wait([self._task], timeout=_SILENT)
+
+
+def _close(making: asyncio.Future[LiveRun]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

@@ -257,6 +257,7 @@ class TaskSet:
                 for task, told in zip(self.allocation.tasks, facts, strict=True)
             },
             "pool_bytes": self.pool_bytes,
+            "pool_least": self.admit().memory.nbytes - self.admit().memory.pinned,
             "prefetch": prefetches(self.settings, self.costed),
             "mirrors": self.about("mirrors"),
             "setup": self.setup(facts),

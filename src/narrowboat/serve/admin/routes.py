@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from narrowboat.serve.interface import Gateway
 
@@ -16,7 +16,7 @@ class WhatIf(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    budget: int | str | None = Field(None, description="Bytes, or a string such as 256MiB.")
+    budget: StrictInt | StrictStr | None = Field(None, description="Bytes, or a string such as 256MiB.")
     add: list[dict[str, Any]] = Field(
         default_factory=list,
         max_length=64,
@@ -30,7 +30,7 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    budget: int | str = Field(description="Bytes, or a string such as 256MiB.")
+    budget: StrictInt | StrictStr = Field(description="Bytes, or a string such as 256MiB.")
 
 
 def router(gateway: Gateway) -> APIRouter:

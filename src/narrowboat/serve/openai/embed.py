@@ -11,7 +11,7 @@ from narrowboat.errors import JobFailedError
 from narrowboat.serve.interface import TaskFace
 from narrowboat.serve.openai.bodies import Usage
 from narrowboat.serve.openai.errors import wrong
-from narrowboat.serve.openai.generate import check_length, floats, window_of
+from narrowboat.serve.openai.generate import check_length, check_letters, floats, window_of
 from narrowboat.serve.openai.jobs import Jobs
 from narrowboat.serve.openai.room import beside
 from narrowboat.serve.openai.schema import EmbeddingRequest
@@ -35,6 +35,8 @@ async def embed(jobs: Jobs, face: TaskFace, tokens: Tokens, request: EmbeddingRe
     window = window_of(face)
     rows: list[list[int]] = []
     for given in request.inputs:
+        if not isinstance(given, list):
+            check_letters(len(given), window, "input")
         row = given if isinstance(given, list) else await _encode(tokens, given)
         check_length(len(row), window, "input")
         if not row:

@@ -18,6 +18,8 @@ from narrowboat.serve.openai.spoken import Characters, Stops
 from narrowboat.serve.openai.tokens import Tokens
 from narrowboat.tasks.tensors import RawTensor
 
+_LETTERS = 256  # that one token stands for at most, but for texts that nobody means
+
 Finish = Literal["stop", "length"]
 
 
@@ -48,6 +50,16 @@ def window_of(face: TaskFace) -> int:
     if len(face.inputs) != 2 or not face.outputs:
         raise NotServingError(f"task {face.name!r} is not ready: {face.reason or 'its network is not open'}")
     return face.inputs[0].shape[1]
+
+
+def check_letters(letters: int, window: int, param: str) -> None:
+    """A text that cannot fit the window is refused before it is turned into tokens, which would take its time.
+
+    Raises:
+        BadRequestError: it has more letters than that many tokens can stand for.
+    """
+    if letters > window * _LETTERS:
+        check_length(-(-letters // _LETTERS), window, param)
 
 
 def check_length(count: int, window: int, param: str) -> None:

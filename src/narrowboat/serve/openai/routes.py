@@ -17,7 +17,7 @@ from narrowboat.serve.openai.bodies import Shape
 from narrowboat.serve.openai.embed import embed
 from narrowboat.serve.openai.errors import wrong
 from narrowboat.serve.openai.fields import Fields
-from narrowboat.serve.openai.generate import check_length, window_of
+from narrowboat.serve.openai.generate import check_length, check_letters, window_of
 from narrowboat.serve.openai.jobs import Limits
 from narrowboat.serve.openai.openapi import CHAT, COMPLETION, EMBEDDING, MODEL, MODELS
 from narrowboat.serve.openai.room import Room, beside
@@ -95,9 +95,13 @@ async def _generation(room: Room, request: Request, *, chat: bool) -> Response:
     async def begin() -> Answer:
         jobs = room.jobs(face, asked.how.wish)
         tokens = await room.tokens(face)
-        prompts = await (_conversation(tokens, asked) if isinstance(asked, ChatRequest) else _prompts(tokens, asked))
+        window = window_of(face)
+        if isinstance(asked, ChatRequest):
+            prompts = await _conversation(tokens, asked, window)
+        else:
+            prompts = await _prompts(tokens, asked, window)
         for prompt in prompts:
-            check_length(len(prompt.tokens), window_of(face), "messages" if chat else "prompt")
+            check_length(len(prompt.tokens), window, "messages" if chat else "prompt")
         return Answer(face, tokens, jobs, Shape(chat, face.name, tokens), asked.how, prompts)
 
     async def whole() -> dict[str, Any]:
@@ -124,20 +128,22 @@ async def _generation(room: Room, request: Request, *, chat: bool) -> Response:
     return EventStream(with_errors(first, source), room.limits.send)
 
 
-async def _conversation(tokens: Tokens, asked: ChatRequest) -> list[Prompt]:
+async def _conversation(tokens: Tokens, asked: ChatRequest, window: int) -> list[Prompt]:
     letters = sum(len(message["content"]) + 64 for message in asked.messages)
+    check_letters(letters, window, "messages")
     ids = await beside(letters, lambda: tokens.chat(asked.messages))
     if not ids:
         raise wrong("messages", "make a prompt without tokens")
     return [Prompt(ids)]
 
 
-async def _prompts(tokens: Tokens, asked: CompletionRequest) -> list[Prompt]:
+async def _prompts(tokens: Tokens, asked: CompletionRequest, window: int) -> list[Prompt]:
     found = []
     for given in asked.prompts:
         if isinstance(given, list):
             found.append(Prompt(given, tokens.decode(given) if asked.echo else ""))
             continue
+        check_letters(len(given), window, "prompt")
         ids = await beside(len(given), lambda text=given: tokens.encode(text))  # type: ignore[misc]
         if not ids:  # as a text that has just begun
             ids = [token for token in (tokens.begin, *sorted(tokens.ends)) if token is not None][:1]

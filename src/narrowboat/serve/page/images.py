@@ -43,7 +43,7 @@ def prepare(data: bytes, shape: Sequence[int], mean: Sequence[float], std: Seque
 
 
 def _decode(data: bytes, width: int, height: int) -> Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
@@ -57,6 +57,5 @@ def _decode(data: bytes, width: int, height: int) -> Image:
     except Image.DecompressionBombError as error:
         raise TooLargeError(f"the image is too large: {error}") from error
     except Exception as error:  # a decoder that is given broken bytes raises anything
-        raise BadRequestError(
-            f"this is no image that can be read ({', '.join(FORMATS)}): {error or type(error).__name__}"
-        ) from error
+        said = "" if isinstance(error, UnidentifiedImageError) else f": {error or type(error).__name__}"
+        raise BadRequestError(f"this is no image that can be read ({', '.join(FORMATS)}){said}") from error

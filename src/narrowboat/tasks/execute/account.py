@@ -15,6 +15,7 @@ from narrowboat.tasks.record import Change, JobRecord, Record, Segment
 _CHANGE = 1 << 16  # bytes by which memory changes before that is written down
 _TOLD = 20  # overruns told in full
 _NEWS = 192  # jobs, and segments, that are told to whoever watches between two looks
+NOTHING = {"done": 0, "missed": 0, "refused": 0}
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Account:
             self._news.jobs_lost += 1
 
     def _of(self, task: str) -> dict[str, int]:
-        return self.tally.setdefault(task, {"done": 0, "missed": 0, "refused": 0})
+        return self.tally.setdefault(task, dict(NOTHING))
 
     def segment(self, engine: Engine, what: str, action: Action, begin: int, end: int) -> None:
         """An engine has ended what it was at."""
@@ -117,8 +118,8 @@ class Account:
             told = {"task": task, "job": job, "engine": engine, "block": block}
             self.first_overruns.append({**told, "took_us": took, "budget_us": budget})
 
-    def look(self, now: int) -> None:
-        """Write memory down if it has changed; give the heap's holes back if it is too much."""
+    def look(self, now: int) -> int:
+        """Write memory down if it has changed; give the heap's holes back if it is too much. Bytes over the budget."""
         held = self._ground.held()
         if held > self.budget:
             self._ground.relieve()
@@ -126,6 +127,7 @@ class Account:
         if abs(held - self.held_bytes) >= _CHANGE:
             self.held_bytes = held
             self.record.memory.append((now, held))
+        return held - self.budget
 
     def changed(self, begin: int, end: int, budget: int, setup: dict[str, Any], allowed: int) -> None:
         """From ``end`` on other tasks, or another budget, are in force."""

@@ -21,6 +21,7 @@ class Arrangement:
         policy: decides.
         budget: bytes over the baseline.
         pool_bytes: of it, for blocks that come and go.
+        pool_least: of those, without which jobs could not go on.
         placements: of every network in use.
         setup: what is assumed, for the record.
     """
@@ -31,6 +32,7 @@ class Arrangement:
     pool_bytes: int
     placements: Mapping[TaskModel, Placement]
     setup: dict[str, Any] = field(default_factory=dict)
+    pool_least: int | None = None
 
     def put_in_force(self, space: SwapSpace, before: Arrangement | None = None) -> None:
         """Lay the networks out; no job may be under way. What is laid out as it should be is left alone.
@@ -48,6 +50,7 @@ class Arrangement:
         for model in fresh:
             model.dismantle()
         space.pool.resize(self.pool_bytes)
+        space.least = self.pool_bytes if self.pool_least is None else self.pool_least
         for model in fresh:
             placement = self.placements[model]
             model.arrange(space.pool, placement.ends, placement.pins)

@@ -68,7 +68,9 @@ def arrangement_of(
     policy = BlockBoundaries(
         ORDERS[settings.policy], preempt=settings.preemption == "lp-keep", prefetch=request["prefetch"]
     )
-    return Arrangement(tasks, policy, settings.budget, request["pool_bytes"], placements, request["setup"])
+    return Arrangement(
+        tasks, policy, settings.budget, request["pool_bytes"], placements, request["setup"], request["pool_least"]
+    )
 
 
 def forms_of(request: Mapping[str, Any]) -> dict[int, Signature]:

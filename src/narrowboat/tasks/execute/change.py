@@ -110,7 +110,9 @@ class Changer:
         """Two switches: new networks first run as best effort, which delays nobody by more than a block."""
         ended: queue.SimpleQueue[JobRecord] = queue.SimpleQueue()
         tasks = [_warming(task, ended) if task.facts.name in fresh else task for task in after.tasks]
-        middle = Arrangement(tasks, after.policy, after.budget, after.pool_bytes, after.placements, told["warm_setup"])
+        middle = Arrangement(
+            tasks, after.policy, after.budget, after.pool_bytes, after.placements, told["warm_setup"], after.pool_bytes
+        )
         self._switch(before, middle, told["allowed_us"])
         try:
             for _ in range(_WARM * len(fresh)):

@@ -87,8 +87,6 @@ class Executor:
         self._endings = Endings()
         self._starved = False  # nothing more could be loaded: nothing is loaded ahead until something was again
 
-    # -- reports, from other threads -------------------------------------------------------------------
-
     def _now(self) -> int:
         return time.monotonic_ns() // 1000 - self._zero
 
@@ -103,7 +101,12 @@ class Executor:
 
         self._guarded(work)
         self._endings.tell()  # what follows has been started: from here on nobody's boundary is delayed
-        self._guarded(lambda: self.account.look(self._now()))
+        self._guarded(self._look)
+
+    def _look(self) -> None:
+        excess = self.account.look(self._now())
+        if excess > 0:  # what others have left behind is held: fewer blocks stay for another time
+            self._loader.later(partial(self.space.shrink, excess))
 
     def _guarded(self, work: Callable[[], None]) -> None:
         with self._wake:
@@ -214,8 +217,6 @@ class Executor:
 
     def _busy(self) -> bool:
         return any(action.do is not Do.PREFETCH for action in self._view.doing.values())
-
-    # -- jobs ------------------------------------------------------------------------------------------
 
     def offer(self, name: str, inputs: tuple[Any, ...], then: OnEnd, wish: Wish = NO_WISH) -> None:
         """From any thread: an input has come for a task with a queue.
@@ -440,12 +441,8 @@ class Executor:
             StorageError: more is in use now.
         """
 
-        def resize() -> None:
-            self.space.forget()
-            self.space.pool.resize(nbytes)
-
         self.begun.wait()
-        self._loader.do(resize)
+        self._loader.do(partial(self.space.resize, nbytes))
 
     def _change(self, switch: Switch, now: int) -> bool:
         """Change if nothing is under way; True if something was done about it.
@@ -475,6 +472,9 @@ class Executor:
         self.tasks, self.policy = list(arrangement.tasks), arrangement.policy
         self._arrivals.replace(self.tasks)
         self.ground.limit(switch.to.budget, switch.to.pool_bytes)
+        self.space.shrink(
+            self.ground.held() + self.space.pool.nbytes - arrangement.budget
+        )  # others leave things behind
         end = self._now()
         if failed:
             switch = Switch(switch.before, switch.before, switch.allowed, switch.done)

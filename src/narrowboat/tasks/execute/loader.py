@@ -124,6 +124,10 @@ class Loader(threading.Thread):
         if errand.error is not None:
             raise errand.error
 
+    def later(self, task: Callable[[], None]) -> None:
+        """The same without waiting for it; what it raises is nobody's to hear."""
+        self._orders.put(_Errand(task, self._ground.hand_over()))
+
     def stop(self) -> None:
         """End after the orders given."""
         self._orders.put(None)

@@ -73,10 +73,11 @@ class ReadIn:
     Args:
         reader: reads.
         job: that is under way.
+        files: that it reads from.
     """
 
-    def __init__(self, reader: Reader, job: ReadJob) -> None:
-        self._reader, self._job = reader, job
+    def __init__(self, reader: Reader, job: ReadJob, files: Sequence[WeightsFile]) -> None:
+        self._reader, self._job, self._files = reader, job, files
 
     def cancel(self) -> None:
         """See ``Way``."""
@@ -85,6 +86,8 @@ class ReadIn:
     def run(self) -> object:
         """See ``Way``."""
         self._reader.wait(self._job)
+        for file in self._files:  # or a file that was written over would be half of the network
+            file.check_open_file()
         return None
 
 
@@ -299,9 +302,8 @@ class TaskModel:
 
     def way(self, block: int) -> Way:
         """Start to bring a block whose place is backed."""
-        return ReadIn(
-            self.reader, self.reader.submit(self.blocks[block].name, self._window, self.blocks[block].extents)
-        )
+        job = self.reader.submit(self.blocks[block].name, self._window, self.blocks[block].extents)
+        return ReadIn(self.reader, job, self.files)
 
     # -- in the thread of a job ------------------------------------------------------------------------
 

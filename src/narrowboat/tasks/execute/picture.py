@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from narrowboat.tasks.execute.account import Account
+from narrowboat.tasks.execute.account import NOTHING, Account
 from narrowboat.tasks.execute.figures import major_faults
 from narrowboat.tasks.execute.running import Running
 from narrowboat.tasks.execute.space import SwapSpace
@@ -32,7 +32,9 @@ def picture(view: View, tasks: Iterable[Running], account: Account, space: SwapS
     told: dict[str, dict[str, int]] = {name: dict(tally) for name, tally in account.tally.items()}
     for job in view.pending:
         if job.started is not None:
-            told.setdefault(job.task.name, {})["held_bytes"] = sum(job.task.nbytes[job.computed : job.loaded])
+            told.setdefault(job.task.name, dict(NOTHING))["held_bytes"] = sum(
+                job.task.nbytes[job.computed : job.loaded]
+            )
     models = {task.model for task in tasks}
     resident = sum(model.resident_bytes for model in models)
     swap = space.pool.nbytes - space.pool.free_bytes
@@ -65,8 +67,8 @@ def picture(view: View, tasks: Iterable[Running], account: Account, space: SwapS
     }
 
 
-def plain(told: dict[str, Any]) -> dict[str, Any]:
-    """A picture as JSON has it."""
+def plain(told: dict[str, Any], faults: int = 0) -> dict[str, Any]:
+    """A picture as JSON has it; ``faults``: pages that were read back before the tasks ran."""
     jobs = [{name: getattr(job, name) for name in _JOB} for job in told["jobs"]]
     segments = [(p.engine, p.what, p.task, p.job, p.block, p.begin, p.end, p.nbytes) for p in told["segments"]]
-    return {**told, "jobs": jobs, "segments": segments, "major_faults": major_faults()}
+    return {**told, "jobs": jobs, "segments": segments, "major_faults": major_faults() - faults}

@@ -10,6 +10,8 @@ from narrowboat.arena.pool import Extents
 from narrowboat.errors import BudgetError
 from narrowboat.quantities import format_bytes
 
+_SPARE = 4 << 20  # bytes more than are too many, so that it is not a few pages each time
+
 
 class Pool(Protocol):
     """A fixed number of bytes, lent in extents: see ``arena.pool.PagePool``."""
@@ -76,12 +78,18 @@ class SwapSpace:
     Args:
         pool: the memory.
         remember: keep what is let go; without, every use reads, which is what worst cases are measured with.
+
+    Attributes:
+        in_use: bytes that jobs hold.
+        hits: uses that found their bytes still there.
+        least: bytes of the pool without which jobs could not go on.
     """
 
     def __init__(self, pool: Pool, *, remember: bool = True) -> None:
         self.pool, self._remember = pool, remember
         self.in_use = 0
         self.hits = 0
+        self.least = pool.nbytes
         self._left: OrderedDict[Place, None] = OrderedDict()
 
     @property
@@ -123,6 +131,24 @@ class SwapSpace:
             self.in_use -= place.nbytes
             place.valid = place.valid and self._remember
             self._left[place] = None
+
+    def resize(self, nbytes: int) -> None:
+        """Have a pool of so many bytes; what is left of blocks that nobody uses goes.
+
+        Raises:
+            StorageError: more is in use.
+        """
+        self.forget()
+        self.pool.resize(nbytes)
+
+    def shrink(self, nbytes: int) -> None:
+        """Have so many bytes less, as far as ``least`` and what is in use allow; the last ones let go stay."""
+        target = max(self.pool.nbytes - nbytes - _SPARE, self.least, self.in_use) if nbytes > 0 else self.pool.nbytes
+        if target >= self.pool.nbytes:
+            return
+        while self._left and self.pool.free_bytes < self.pool.nbytes - target:
+            self._drop(next(iter(self._left)))
+        self.pool.resize(max(target, self.pool.nbytes - self.pool.free_bytes))
 
     def forget(self) -> None:
         """Give up what is left of blocks that nobody uses."""

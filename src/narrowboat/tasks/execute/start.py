@@ -15,6 +15,7 @@ from narrowboat.tasks.execute.arrangement import Arrangement
 from narrowboat.tasks.execute.asked import arrangement_of, forms_of
 from narrowboat.tasks.execute.exchange import Exchange
 from narrowboat.tasks.execute.executor import Executor
+from narrowboat.tasks.execute.figures import major_faults
 from narrowboat.tasks.execute.ground import Ground
 from narrowboat.tasks.execute.inputs import Source
 from narrowboat.tasks.execute.listen import Listener
@@ -93,10 +94,13 @@ def _watched_from_aside(exchange: Exchange) -> Callable[[Callable[[], dict[str, 
             latest.put_nowait(make())
 
     def tell() -> None:
+        seen = latest.get()
+        faults = major_faults()
         while True:
-            message = json.dumps(plain(latest.get())).encode()
+            message = json.dumps(plain(seen, faults)).encode()
             while len(message) <= exchange.events.most and not exchange.events.put(message, timeout=1.0):
                 pass  # its news are told once: it waits, and those after it grow
+            seen = latest.get()
 
     threading.Thread(target=tell, name="narrowboat-teller", daemon=True).start()
     return show

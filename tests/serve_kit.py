@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from narrowboat.errors import BadRequestError, ConflictError, JobFailedError, NoSuchTaskError, NotServingError
-from narrowboat.quantities import parse_bytes
 from narrowboat.serve.interface import Reply, State, TaskFace
+from narrowboat.serve.what_if import Question
 from narrowboat.tasks.record import JobRecord, Record, Segment
 from narrowboat.tasks.tensors import SIZES, RawTensor, TensorSpec
 
@@ -331,7 +331,7 @@ class FakeGateway:
     async def set_budget(self, budget: int | str) -> dict[str, Any]:
         """Other bytes, if the tasks fit them."""
         self._change("set_budget", budget)
-        before, self.budget = self.budget, parse_bytes(budget)
+        before, self.budget = self.budget, Question.budget_of(budget)
         try:
             self._fit()
         except ConflictError:
@@ -374,7 +374,7 @@ class FakeGateway:
                 raise BadRequestError("add: a task needs a name")
             faces[fields["name"]] = _face(fields["name"], model=str(fields.get("model", "zoo:new")))[1]
         try:
-            budget = parse_bytes(question.get("budget", self.budget))
+            budget = Question.budget_of(question.get("budget", self.budget))
         except ValueError as wrong:
             raise BadRequestError(f"budget: {wrong}") from wrong
         plan = make_plan(faces.values(), budget)

@@ -128,3 +128,30 @@ def test_no_file_is_left_in_shared_memory() -> None:
     pool = PagePool(MIB, lock=True)
     assert (set(shared.iterdir()) if shared.is_dir() else set()) == before
     pool.close()
+
+
+def test_a_pool_that_gives_way_drops_what_nobody_uses_and_never_what_somebody_does() -> None:
+    pool = PagePool(64 * MIB)
+    slab = PooledSlab(64 * MIB, pool)
+    space = SwapSpace(pool)
+    space.least = 8 * MIB
+    places = [Place(f"block {k}", slab, 8 * MIB * k, 8 * MIB) for k in range(8)]
+    for place in places:
+        space.hold(place)
+        place.valid = True
+    for place in places[2:]:
+        space.let_go(place)
+    space.shrink(0)
+    assert pool.nbytes == 64 * MIB, "there is nothing too much"
+    space.shrink(20 * MIB)  # and a little more than that, so that it is not a few pages each time
+    assert pool.nbytes == 40 * MIB and [place.valid for place in places] == [True] * 2 + [False] * 3 + [True] * 3
+    space.shrink(1 << 40)
+    assert pool.nbytes == space.in_use == 16 * MIB and all(place.valid for place in places[:2])
+    for place in places[:2]:
+        space.let_go(place)
+    space.shrink(1 << 40)
+    assert pool.nbytes == space.least
+    space.resize(64 * MIB)
+    assert pool.free_bytes == pool.nbytes == 64 * MIB
+    slab.close()
+    pool.close()

@@ -145,16 +145,17 @@ def test_a_job_that_waits_too_long_ends_the_text(talk: Talk, strict: openai.Open
 
 
 def test_too_many_at_once_are_refused(talk: Talk, strict: openai.OpenAI) -> None:
-    talk.say("a boat")
+    talk.say("a boat a boat a boat a boat")
     talk.gateway.delay("talk", math.inf)
     with httpx.Client(base_url=str(strict.base_url), timeout=20) as other:
         body = {"model": "talk", "prompt": "x", "stream": True}
         with pytest.raises(httpx.ReadTimeout):
             other.post("completions", json=body, timeout=0.5)  # and goes
     assert soon(lambda: talk.gateway.running == 0), "a client that goes before its first token stops its job"
-    talk.gateway.delay("talk", 0.1)
+    talk.gateway.delay("talk", 0.5)
     with strict.completions.with_streaming_response.create(model="talk", prompt="x", stream=True) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a reader that is dropped closes the connection
+        next(lines)
         with pytest.raises(openai.RateLimitError) as seen:
             create(strict)
         assert "most at once" in seen.value.message and seen.value.response.headers["retry-after"] == "1"

@@ -23,25 +23,12 @@ import numpy as np
 
 from narrowboat.errors import BadRequestError, ConflictError, JobFailedError, NoSuchTaskError, NotServingError
 from narrowboat.serve.interface import Reply, State, TaskFace
+from narrowboat.serve.oip.codec import NUMPY
 from narrowboat.serve.what_if import Question
 from narrowboat.tasks.record import JobRecord, Record, Segment
 from narrowboat.tasks.tensors import SIZES, RawTensor, TensorSpec
 
 MIB = 1 << 20
-NUMPY = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}  # BF16 has none
 
 Network = Callable[[Mapping[str, RawTensor]], list[RawTensor]]
 

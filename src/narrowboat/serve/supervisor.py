@@ -28,13 +28,11 @@ class Supervisor:
 
     Attributes:
         live: the run; None while there is none.
-        starts: executors that were started.
     """
 
     def __init__(self, on_tick: Callable[[dict[str, Any]], None], on_state: Callable[[str, str], None]) -> None:
         self._on_tick, self._on_state = on_tick, on_state
         self.live: LiveRun | None = None
-        self.starts = 0
         self._task: asyncio.Task[None] | None = None
         self._ending = False
         self._last_tick = 0.0
@@ -49,7 +47,6 @@ class Supervisor:
         self._task = asyncio.create_task(self._keep(), name="narrowboat-supervisor")
 
     async def _begin(self, task_set: TaskSet) -> None:
-        self.starts += 1
         making = asyncio.ensure_future(aside(lambda: self._make(task_set)))
         try:
             live = await asyncio.shield(making)

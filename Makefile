@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 # Kept to deadlines by the clock: they run by themselves.
-TIMED  := tests/tasks tests/serve/test_gateway.py tests/serve/openai/test_live.py
+TIMED  := tests/tasks tests/serve/test_gateway.py tests/serve/openai/test_live.py tests/cluster/test_ray.py \
+          tests/cluster/test_namespaces.py
 
 # An OpenMP worker that spins for long starves whatever runs beside it; children inherit this.
 export GOMP_SPINCOUNT ?= 1000
@@ -15,7 +16,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint format bench bench-plan bench-generate bench-training bench-serve clean
+.PHONY: help venv install demo test lint docs man format bench bench-plan bench-generate bench-training bench-serve \
+        bench-cluster bench-papers clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,12 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation into build/site, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+man: $(STAMP)  ## write the manual pages anew from the command line's own help
+	$(BIN)/python packaging/man.py
+
 format: $(STAMP)  ## let ruff put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -65,6 +73,12 @@ bench-training: $(STAMP)  ## measure training against recompute, accumulation, t
 
 bench-serve: $(STAMP)  ## measure the gateway: overhead, throughput, overload, kills, vanishing clients (ARGS=...)
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+
+bench-cluster: $(STAMP)  ## measure several nodes on this machine: tasks, a split model, a data set (ARGS=...)
+	$(BIN)/python benchmarks/cluster.py $(ARGS)
+
+bench-papers: $(STAMP)  ## check the claims of SwapNet, RT-Swap and SAGE; under an hour (ARGS=--quick: five minutes)
+	$(BIN)/python benchmarks/papers.py $(ARGS)
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

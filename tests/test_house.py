@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "narrowboat"
 FLOORS = [
     {"cli"},
     {"demo"},
+    {"cluster"},
     {"serve"},
     {"report", "integrations"},
     {"tasks", "train"},

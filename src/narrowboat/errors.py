@@ -7,9 +7,31 @@ rest into exit code 1.
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound=Exception)
+
 
 class NarrowboatError(Exception):
     """Base class of every error raised by narrowboat."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own calls the class with its message alone; some need more.
+        return rebuilt, (type(self), self.args, vars(self))
+
+
+def rebuilt(kind: type[_Error], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> _Error:
+    """An error again, in another process.
+
+    Args:
+        kind: its class.
+        arguments: its message.
+        attributes: what it told beside.
+    """
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    vars(error).update(attributes)
+    return error
 
 
 class UsageError(NarrowboatError, ValueError):
@@ -130,6 +152,14 @@ class MapError(NarrowboatError):
         super().__init__(message)
         self.index = index
         self.indices = indices or (index,)
+
+
+class RowError(MapError):
+    """A row of a data set cannot be mapped; the message names it, its column, and the node where it was tried.
+
+    Attributes:
+        index: the row's place in the batch that its worker was given, from 0.
+    """
 
 
 class ModelError(NarrowboatError):
@@ -271,6 +301,34 @@ class ExpiredError(RequestError):
     """The request's deadline passed before its work began, or at a boundary; it was dropped."""
 
     status, grpc = 504, "DEADLINE_EXCEEDED"
+
+
+class ClusterError(NarrowboatError):
+    """Several machines cannot do together what was asked for; base of those below."""
+
+
+class NoClusterError(ClusterError):
+    """Ray is not installed, no cluster is running, or none of its nodes offers memory to narrowboat."""
+
+
+class PlacementError(ClusterError):
+    """No node has room, or time, for a task that has to run.
+
+    Attributes:
+        refusals: by task, the reasons of every node.
+    """
+
+    def __init__(self, message: str, refusals: dict[str, dict[str, str]] | None = None) -> None:
+        super().__init__(message)
+        self.refusals = refusals or {}
+
+
+class NodeVersionError(ClusterError):
+    """A node runs another version of what decides about bits or costs."""
+
+
+class NodeLostError(ClusterError):
+    """A node died, or has not been heard of for too long, before it answered."""
 
 
 class TrainingError(NarrowboatError):

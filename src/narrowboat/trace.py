@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,22 @@ class Trace:
         """Events that end after ``since``."""
         return [event for event in list(self._events) if event.end > since]
 
-    def save_chrome(self, path: str | Path, since: float = float("-inf")) -> None:
-        """Write Chrome/Perfetto trace JSON (open in ui.perfetto.dev); temporary name, then renamed."""
+    def save_chrome(
+        self, path: str | Path, since: float = float("-inf"), about: Mapping[str, object] | None = None
+    ) -> None:
+        """Write Chrome/Perfetto trace JSON (open in ui.perfetto.dev); temporary name, then renamed.
+
+        Args:
+            path: the file.
+            since: leave out events that end before.
+            about: who made it, on which machine; put beside the events.
+        """
         path = Path(path)
         temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps({"traceEvents": list(_chrome(self.events(since)))}))
+        document: dict[str, object] = {"traceEvents": list(_chrome(self.events(since)))}
+        if about is not None:
+            document["otherData"] = dict(about)
+        temporary.write_text(json.dumps(document))
         os.replace(temporary, path)
 
 

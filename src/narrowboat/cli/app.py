@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from narrowboat import __version__
-
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("narrowboat.cli.doctor:doctor", "Say what this machine offers, and what each absence means."),
     "inspect": ("narrowboat.cli.inspect:inspect", "List the tensors of a weights file without loading them."),
@@ -21,9 +19,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("narrowboat.cli.train:train", "Train a model inside a byte budget, by a ready recipe."),
     "tasks": ("narrowboat.cli.tasks:app", "Many models in one budget, with deadlines that are kept."),
     "serve": ("narrowboat.cli.serve:serve", "Tasks over HTTP and gRPC, with a page to watch them."),
+    "deploy": ("narrowboat.cli.deploy:deploy", "The same on the nodes of a Ray cluster."),
     "bench": ("narrowboat.cli.bench:bench", "Measure a model against the alternatives."),
+    "report": ("narrowboat.cli.report:report", "One page about what a command measured, with pictures."),
     "zoo": ("narrowboat.cli.zoo:app", "Published architectures to experiment with."),
     "demo": ("narrowboat.cli.demo:demo", "A real network and a large one, each in a fraction of its bytes."),
+    "completion": ("narrowboat.cli.completion:completion", "The script that has a shell complete what you type."),
 }
 """Command: its function (or typer app) as ``module:name``, and its help in one line."""
 
@@ -40,6 +41,7 @@ class LazyCommand(TyperCommand):
         return self._load().make_context(info_name, args, parent=parent, **extra)
 
     def _load(self) -> Any:
+        """The real command; its module is imported now."""
         module, _, name = self._target.partition(":")
         target = getattr(importlib.import_module(module), name)
         if not isinstance(target, typer.Typer):
@@ -49,18 +51,29 @@ class LazyCommand(TyperCommand):
         return typer.main.get_command(target)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"narrowboat {__version__}")
+def _version(context: typer.Context, parameter: typer.CallbackParam, given: bool) -> bool:
+    """For both options below, in whichever order they stand: the second to be looked at knows of the first."""
+    known = {**context.params, parameter.name: given}
+    if known.get("version") and "json" in known and not context.resilient_parsing:
+        from narrowboat.cli.version import print_version
+
+        print_version(as_json=known["json"])
         raise typer.Exit
+    return given
 
 
 def narrowboat(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print what this is and was built from."),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", callback=_version, is_eager=True, help="With --version: one JSON document.")
     ] = False,
 ) -> None:
     """Run, schedule and train PyTorch models inside a fixed number of bytes."""
+    if json:
+        raise typer.BadParameter("stands behind a command that reports, or beside --version", param_hint="--json")
 
 
 def build_command() -> TyperGroup:

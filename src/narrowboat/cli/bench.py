@@ -9,6 +9,7 @@ import typer
 from narrowboat.cli.options import InputOption, WeightsOption
 from narrowboat.cli.output import print_json, print_table, progress_bar
 from narrowboat.errors import UsageError
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes
 from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.request import find_request
@@ -40,7 +41,14 @@ def bench(
         report = measure(model, request.weights, sizes, input=input, passes=passes, rounds=rounds, progress=progress)
     if json:
         print_json(
-            {"model": model, "weights": request.weights, "passes": passes, "rounds": rounds, "rows": report.to_json()}
+            {
+                "model": model,
+                "weights": request.weights,
+                "passes": passes,
+                "rounds": rounds,
+                "rows": report.to_json(),
+                "about": about(),
+            }
         )
         return
     print_table(

@@ -12,6 +12,7 @@ import typer
 from narrowboat.cli.budget import device_budget
 from narrowboat.cli.options import DeviceOption, HostBudgetOption
 from narrowboat.cli.output import print_facts, print_json
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes, format_seconds
 
 
@@ -58,7 +59,7 @@ def generate(
         **options,
     )
     if json:
-        print_json({"folder": folder, "prompt": prompt, **dataclasses.asdict(report)})
+        print_json({"folder": folder, "prompt": prompt, **dataclasses.asdict(report), "about": about()})
         return
     _tell("\n")
     of_what = "over the process baseline" if device == "cpu" else f"of {device}"

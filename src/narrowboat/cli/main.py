@@ -25,10 +25,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # The OpenMP runtime reads its environment when torch is loaded: nothing above may have imported torch.
     apply_openmp_policy()
     from narrowboat.cli.app import build_command
+    from narrowboat.cli.complete import ASKED
 
     code: int | str | None
     try:
-        build_command().main(args=arguments, prog_name="narrowboat")
+        if arguments[:1] == [ASKED]:  # a shell asks what could be typed next
+            _complete(arguments[1:])
+        else:
+            build_command().main(args=arguments, prog_name="narrowboat")
         code = 0
     except NarrowboatError as error:
         _report(error, as_json="--json" in arguments)
@@ -46,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = finished.code
     _flush_quietly()
     sys.exit(code)
+
+
+def _complete(arguments: list[str]) -> None:
+    from narrowboat.cli.app import build_command
+    from narrowboat.cli.complete import answer
+
+    for line in answer(arguments, build_command()):
+        sys.stdout.write(f"{line}\n")
 
 
 def _report(error: NarrowboatError, *, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from narrowboat.cli.options import (
 )
 from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
 from narrowboat.errors import UsageError
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes, format_seconds, parse_bytes, parse_seconds
 from narrowboat.zoo.request import find_request
 
@@ -110,7 +111,7 @@ def plan(
     speed = None if bandwidth is None else float(parse_bytes(bandwidth, what="bandwidth"))
     request = find_request(model, weights, input)
     from narrowboat.plan.result import summary
-    from narrowboat.report.curve import draw_curve, measure_points, pareto
+    from narrowboat.report.curve import curve_as_dict, draw_curve, measure_points, pareto
     from narrowboat.report.foresee import foresee
 
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -127,6 +128,7 @@ def plan(
         profile=profile,
         target=target,
     )
+    told_curve: dict[str, Any] = {}
     if curve is not None:
         with progress_bar("planning", unit="budgets") as progress:
             points = pareto(forecast.prepared, forecast.plan.machine, progress=progress).plans
@@ -137,6 +139,7 @@ def plan(
                     request.factory, request.source, request.need_inputs(), points, progress=progress
                 )
         draw_curve(points, curve, title=model, measured=measured, target=target)
+        told_curve = curve_as_dict(points, measured)
     advice = forecast.advice() if scheme == "best" else []
     if json:
         document = {
@@ -147,6 +150,8 @@ def plan(
             "bandwidth_measured": forecast.measured,
             "traced": forecast.prepared.trace is not None,
             "advice": advice,
+            **told_curve,
+            "about": about(),
         }
         print_json({**document, "block_list": forecast.blocks()} if blocks else document)
         return

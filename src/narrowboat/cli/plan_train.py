@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from narrowboat.cli.budget import resolve_budget
 from narrowboat.cli.output import print_facts, print_json, print_table, progress_bar
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def plan_train(
     """Print the plan of a training step and the curve of time against memory; see ``plan`` for the arguments."""
     bytes_allowed = resolve_budget(budget)
     from narrowboat.report.train_curve import draw_time_curve, plan_training
-    from narrowboat.report.trainee import StepOptions
+    from narrowboat.report.trainee import StepOptions, plan_facts
 
     options = StepOptions(bytes_allowed, spill, batch_norm, techniques, optimizer=optimizer)
     with progress_bar("planning", unit="budgets") as progress:
@@ -43,8 +44,8 @@ def plan_train(
     if curve is not None:
         draw_time_curve(points, curve, title=f"{model}, batch of {batch}", budget=bytes_allowed)
     if json:
-        told = {"model": model, "learned": forecast.learned, "batch": batch, **plan.as_dict()}
-        print_json({**told, "curve": [dataclasses.asdict(point) for point in points]})
+        told = {"model": model, "learned": forecast.learned, "batch": batch, **plan_facts(plan)}
+        print_json({**told, "curve": [dataclasses.asdict(point) for point in points], "about": about()})
         return
     print_facts(f"{model}, a training step of {batch} in {format_bytes(bytes_allowed)}", _facts(plan))
     print_table(

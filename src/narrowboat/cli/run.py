@@ -20,6 +20,7 @@ from narrowboat.cli.options import (
     WeightsOption,
 )
 from narrowboat.cli.output import print_error, print_facts, print_json, print_table, progress_bar
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes, format_seconds
 from narrowboat.zoo.request import find_request
 
@@ -77,7 +78,7 @@ def run(
             progress=progress,
         )
     if json:
-        print_json({"model": model, "weights": request.weights, **dataclasses.asdict(report)})
+        print_json({"model": model, "weights": request.weights, **dataclasses.asdict(report), "about": about()})
     else:
         _print_report(model, request.weights, report)
         for path in (trace, timeline, output):

@@ -7,6 +7,7 @@ import json as json_lines
 import os
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,8 +64,8 @@ def serve(
     Exit code 1 if it cannot be started, gives up, or was told twice to end.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
-    chosen = _grpc_port(grpc_port, port)
-    _need_packages(grpc=chosen is not None)
+    chosen = grpc_port_of(grpc_port, port)
+    need_packages(grpc=chosen is not None)
     from narrowboat.serve import logs
     from narrowboat.serve.gateway import make_gateway
     from narrowboat.serve.server import run_server
@@ -83,6 +84,15 @@ def serve(
         access_log=access_log,
     )
     logs.set_up(log_level.value)
+    tell = teller(json)
+    if not run_server(settings, make_gateway, tell, lambda addresses: announce(addresses, json)):
+        raise typer.Exit(1)
+
+
+def teller(json: bool) -> Callable[[str], None]:
+    """Says what goes on: to people on a terminal, otherwise into the log, which is set up already."""
+    from narrowboat.serve import logs
+
     screen = error_console()
 
     def tell(said: str) -> None:
@@ -91,11 +101,11 @@ def serve(
         else:
             logs.log("progress", said=said)
 
-    if not run_server(settings, make_gateway, tell, lambda addresses: _announce(addresses, json)):
-        raise typer.Exit(1)
+    return tell
 
 
-def _announce(addresses: Addresses, json: bool) -> None:
+def announce(addresses: Addresses, json: bool) -> None:
+    """Say where it serves, on stdout."""
     if json:
         told = {"http": addresses.http, "grpc": addresses.grpc, "pid": os.getpid()}
         sys.stdout.write(json_lines.dumps(told) + "\n")
@@ -106,7 +116,8 @@ def _announce(addresses: Addresses, json: bool) -> None:
     sys.stdout.flush()
 
 
-def _grpc_port(given: str | None, port: int) -> int | None:
+def grpc_port_of(given: str | None, port: int) -> int | None:
+    """The port for gRPC that --grpc-port and --port ask for; None for no gRPC. Raises UsageError."""
     if given is None:
         return port + 1 if 0 < port < 65535 else 0
     if given == "none":
@@ -116,7 +127,8 @@ def _grpc_port(given: str | None, port: int) -> int | None:
     return int(given)
 
 
-def _need_packages(*, grpc: bool) -> None:
+def need_packages(*, grpc: bool) -> None:
+    """What serving needs is installed. Raises ServeError."""
     needed = (*_NEEDED, *(_FOR_GRPC if grpc else ()))
     missing = [name for name in needed if not _is_there(name)]
     if missing:

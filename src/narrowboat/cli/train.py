@@ -26,6 +26,7 @@ from narrowboat.cli.options import (
 )
 from narrowboat.cli.output import print_facts, print_json, print_table
 from narrowboat.errors import UsageError
+from narrowboat.machine.about import about
 from narrowboat.quantities import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def train(
     with stop_asked() as stop, live_view(stop, quiet=json) as view:
         report = train_model(model, recipe, options, listener=view.listener, planned=view.planned, tell=view.tell)
     if json:
-        print_json({"model": model, "data": data, **dataclasses.asdict(report)})
+        print_json({"model": model, "data": data, **dataclasses.asdict(report), "about": about()})
     else:
         _print_report(model, data, report)
     if report.stopped:

@@ -39,6 +39,7 @@ class MeasuredProfile:
         blocks: for people: each block's name, bytes, uses, computing times and live activation bytes.
         table: rows of a ``plan.table.PlanTable``, as JSON; empty until a curve was computed.
         least: the smallest budget with which any tiling can be streamed, bytes, and what sets it; None if unknown.
+        about: by which command it was measured, on which machine, when (``machine.about``); empty for a session's own.
     """
 
     identity: dict[str, str]
@@ -52,6 +53,7 @@ class MeasuredProfile:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     least: tuple[int, str] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def identity_of(trace_key: str, weights_digest: str, device: str = "") -> dict[str, str]:
@@ -122,6 +124,7 @@ def read_profile(path: Path, identity: dict[str, str]) -> MeasuredProfile:
             blocks=list(raw["blocks"]),
             table=list(raw["table"]),
             least=(int(raw["least"][0]), str(raw["least"][1])) if raw["least"] is not None else None,
+            about=dict(raw.get("about", {})),
         )
         numbers = [*found.step_seconds, *found.slowed, *found.paces.values(), found.contention or 0.0]
         if raw["format"] != FORMAT or any(not 0 <= number < 1e6 for number in numbers):

@@ -11,12 +11,13 @@ from torch import nn
 
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import BudgetError, UsageError
-from narrowboat.plan.curve import budgets, knee, smallest_for
+from narrowboat.plan.curve import budgets, smallest_for
 from narrowboat.plan.model import Machine
 from narrowboat.plan.result import Plan
 from narrowboat.plan.table import PlanTable, TableRow
 from narrowboat.quantities import format_bytes, format_seconds
-from narrowboat.report.cost_curve import ALERT, MIB, CostCurve
+from narrowboat.report.picture import save_png
+from narrowboat.report.plots import latency_curve
 from narrowboat.report.run import run_model
 from narrowboat.stream.prepare import Prepared
 
@@ -89,6 +90,23 @@ def measure_points(
     return found
 
 
+def curve_as_dict(points: Sequence[Plan], measured: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """A front for JSON, and what was measured at some of its budgets; bytes and milliseconds."""
+    return {
+        "curve": [
+            {
+                "budget_bytes": plan.budget,
+                "predicted_latency_ms": plan.predicted_latency * 1e3,
+                "bound_ms": plan.lower_bound * 1e3,
+                "bytes_read_per_pass": plan.timing.bytes_read,
+                "all_resident": not plan.streamed,
+            }
+            for plan in points
+        ],
+        "measured": [{"budget_bytes": budget, "latency_ms": seconds * 1e3} for budget, seconds in sorted(measured)],
+    }
+
+
 def _least(prepared: Prepared) -> int:
     try:
         return prepared.check(0)[0]
@@ -117,26 +135,4 @@ def draw_curve(
         UsageError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    curve = CostCurve(
-        [p.budget for p in points],
-        [p.predicted_latency * 1e3 for p in points],
-        ylabel="ms per pass",
-        title=title,
-    )
-    bound = [(p.budget / MIB, p.lower_bound * 1e3) for p in points if p.lower_bound]
-    curve.axes.plot(
-        *zip(*bound, strict=True), color="#b0b0b0", linewidth=1, linestyle="--", label="no plan can be faster"
-    )
-    bend = knee(points)
-    marks = [(points[0], "smallest", "o"), (points[-1], "all resident" if not points[-1].streamed else "best", "s")]
-    if bend is not None:
-        marks.insert(1, (bend, "knee", "D"))
-    for plan, name, marker in marks:
-        milliseconds = plan.predicted_latency * 1e3
-        curve.mark(plan.budget, milliseconds, marker, f"{name}: {format_bytes(plan.budget)}, {milliseconds:.0f} ms")
-    if measured:
-        seen = [b / MIB for b, _ in measured], [s * 1e3 for _, s in measured]
-        curve.axes.plot(*seen, "x", color=ALERT, label="measured")
-    if target is not None:
-        curve.line(f"target {target * 1e3:.0f} ms", cost=target * 1e3)
-    curve.save(path)
+    save_png(latency_curve(points, measured=measured, target=target, title=title), Path(path))

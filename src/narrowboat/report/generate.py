@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class GenerateReport:
         bandwidth_bytes_per_s: of the storage, as measured while the model ran.
         budget_bytes, min_budget_bytes, peak_bytes: as in ``stats()``.
         cache_bytes: of the budget, the key-value cache of ``max_tokens``.
+        token_ms: after the first, from token to token.
+        predicted_token_ms: of the plan in force at the end, for a pass.
+        pass_ms, stall_ms, bytes_read: per pass, the last 256; the first of them is the prompt's.
     """
 
     text: str
@@ -49,6 +53,11 @@ class GenerateReport:
     min_budget_bytes: int
     peak_bytes: int
     cache_bytes: int
+    token_ms: list[float] = field(default_factory=list)
+    predicted_token_ms: float = 0.0
+    pass_ms: list[float] = field(default_factory=list)
+    stall_ms: list[float] = field(default_factory=list)
+    bytes_read: list[int] = field(default_factory=list)
 
 
 class _Told:
@@ -159,6 +168,11 @@ def generate_text(
         min_budget_bytes=stats["min_budget_bytes"],
         peak_bytes=stats["peak_bytes"],
         cache_bytes=stats["fixed_parts"].get("kv-cache", 0),
+        token_ms=[(after - before) * 1e3 for before, after in pairwise(told.times)],
+        predicted_token_ms=stats["predicted_latency_ms"],
+        pass_ms=stats["latency_ms"],
+        stall_ms=stats["stall_ms"],
+        bytes_read=stats["bytes_read"],
     )
 
 

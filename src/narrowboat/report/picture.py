@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,23 @@ def check_picture(path: Path) -> None:
     check_destination(path, overwrite=True)
 
 
+def picture_bytes(figure: Any, form: str, name: str = "") -> bytes:
+    """``figure`` as the bytes of a file.
+
+    Args:
+        figure: matplotlib's.
+        form: ``"png"`` or ``"svg"``.
+        name: of the picture; ids within an SVG are made from it, so that the same picture is the same bytes.
+    """
+    from narrowboat.report.draw.theme import themed
+
+    kept = io.BytesIO()
+    with themed(**{"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script the font has not
+        figure.savefig(kept, format=form, metadata={"Date": None} if form == "svg" else {"Software": None})
+    return kept.getvalue()
+
+
 def save_png(figure: Any, path: Path) -> None:
     """Write ``figure`` to ``path`` through a temporary name.
 
@@ -44,7 +63,7 @@ def save_png(figure: Any, path: Path) -> None:
     try:
         require_ordinary(path)
         with temporary.open("wb") as file:
-            figure.savefig(file, format="png")
+            file.write(picture_bytes(figure, "png"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -15,6 +15,7 @@ from torch import nn
 from narrowboat.arena.slab import Slab
 from narrowboat.checkpoint import WeightsIndex
 from narrowboat.errors import ModelError
+from narrowboat.machine.about import about
 from narrowboat.machine.malloc import MallocPolicy, allocator_name, set_malloc_policy, trim
 from narrowboat.machine.memory import memory_limits, process_memory, reset_peak, resident_bytes
 from narrowboat.profile.measured import MeasuredProfile, save_profile
@@ -97,6 +98,7 @@ def measure_profile(
         measured.blocks = _blocks(prepared, idle, busy)
         if counted and prepared.policy is MallocPolicy.DEFAULT and allocator_name() == "glibc":
             _measure_frugal(handle, run, measured, traced_here)
+        measured.about = about()
         measured.least = None  # what policies need has been measured since
         prepared.step_seconds, prepared.measured_under = tuple(idle), prepared.policy
         prepared.corrections.clear()

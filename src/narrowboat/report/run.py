@@ -6,7 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch import nn
 
 from narrowboat.checkpoint import WeightsIndex, open_index
 from narrowboat.errors import UsageError
+from narrowboat.machine.about import about
 from narrowboat.machine.memory import process_memory, reset_peak
 from narrowboat.profile.warmup import warm_up
+from narrowboat.report.block_times import BlockTimes
 from narrowboat.report.exact import first_difference, output_digest, output_tensors
+from narrowboat.report.memory_samples import MemorySamples
 from narrowboat.report.picture import require_matplotlib
 from narrowboat.report.plain import load_weights
 from narrowboat.report.timeline import draw_timeline
@@ -51,6 +54,12 @@ class RunReport:
         copy_bytes_per_s: from there to the device.
         output_digest: sha256 of the last output.
         difference: where the outputs differ, in words.
+        predicted_ms: per pass, of the plan in force when it ended.
+        predicted_stall_ms, predicted_bytes_read, bound_ms: of the plan in force at the end: waiting and reads of a
+            pass, and what no plan within the budget can beat.
+        blocks: per block, predicted and measured (``BlockTimes.rows``).
+        memory: ``(seconds since the first pass began, bytes over the process baseline)``, seen now and then; empty on
+            a device.
     """
 
     latency_ms: list[float]
@@ -76,6 +85,12 @@ class RunReport:
     copy_bytes_per_s: float
     output_digest: str
     difference: str
+    predicted_ms: list[float] = field(default_factory=list)
+    predicted_stall_ms: float = 0.0
+    predicted_bytes_read: int = 0
+    bound_ms: float = 0.0
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -158,8 +173,11 @@ def run_model(
     starts: list[float] = []
     digests: list[str] = []
     measured: dict[str, list[Any]] = {"latency_ms": [], "stall_ms": [], "bytes_read": []}
+    predicted: list[float] = []
+    times = BlockTimes(handle)
+    samples = MemorySamples(baseline=handle.baseline)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), samples:
             for number in range(passes):
                 output = None  # two outputs are never held at once
                 torch.manual_seed(0)
@@ -172,9 +190,12 @@ def run_model(
                 stats = handle.stats()
                 for key, values in measured.items():
                     values.append(stats[key][-1])
+                predicted.append(stats["predicted_latency_ms"])
+                times.note(handle.records[-1])
                 progress(number + 1, passes)
         peak = process_memory().hwm
         stats = handle.stats()
+        blocks, reads = times.rows(), handle.plan.timing.bytes_read
         ours = [tensor.to("cpu", copy=True) for tensor in output_tensors(output)]
     finally:
         handle.close()
@@ -182,7 +203,7 @@ def run_model(
     del output, model
     since = starts[max(len(starts) - 2, 0)]
     if wanted.trace is not None:
-        handle.trace().save_chrome(wanted.trace, since)
+        handle.trace().save_chrome(wanted.trace, since, about())
     if wanted.timeline is not None:
         name = weights.files[0].parent.name if isinstance(weights, WeightsIndex) else Path(weights).name
         draw_timeline(handle.trace(), wanted.timeline, since, title=f"{name}: the last passes")
@@ -213,6 +234,12 @@ def run_model(
         copy_bytes_per_s=stats["copy_bytes_per_s"],
         output_digest=digest,
         difference=difference,
+        predicted_ms=predicted,
+        predicted_stall_ms=stats["predicted_stall_ms"],
+        predicted_bytes_read=reads,
+        bound_ms=stats["bound_ms"],
+        blocks=blocks,
+        memory=samples.points if stats["device"] == "cpu" else [],
     )
 
 

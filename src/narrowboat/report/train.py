@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from narrowboat.checkpoint.atomic_file import check_destination
 from narrowboat.checkpoint.index import TORCH_SUFFIXES
 from narrowboat.errors import NarrowboatError, UsageError
 from narrowboat.profile.warmup import warm_up
-from narrowboat.report.trainee import StepOptions, make_model, make_step
+from narrowboat.report.trainee import StepOptions, make_model, make_step, plan_facts
 from narrowboat.train.plan import TrainPlan
 from narrowboat.train.recipes.course import Course, held_back
 from narrowboat.train.recipes.digits import NATIVE, Digits
@@ -24,6 +24,7 @@ from narrowboat.train.recipes.images import ImageFolder, Triple
 from narrowboat.train.recipes.loop import Listener, Outcome, Score, load, train
 from narrowboat.train.recipes.saved import SavedRun, open_run, save_run, state_path
 from narrowboat.train.recipes.text import BYTES, Blocks, LabelledTexts, encoder, find_tokenizer, read_tokens
+from narrowboat.train.report import StepRecord
 from narrowboat.train.step import TrainStep
 from narrowboat.zoo.folder import FolderModel
 from narrowboat.zoo.resolve import ResolvedModel, resolve_model
@@ -81,6 +82,8 @@ class TrainReport:
         changes: (step, what changed) while it ran.
         stopped: it was ended early by a signal.
         wrote: files.
+        batch: samples of a step.
+        history: the steps of this run, the last 10,000.
     """
 
     learned: str
@@ -102,6 +105,8 @@ class TrainReport:
     changes: list[tuple[int, str]]
     stopped: bool
     wrote: list[Path]
+    batch: int = 0
+    history: list[StepRecord] = field(default_factory=list)
 
 
 def train_model(
@@ -228,10 +233,12 @@ def _report(
         measured_peak_bytes=told["measured_peak_bytes"],
         over_budget=told["over_budget"],
         predicted_slowdown=step.plan.predicted_slowdown,
-        plan=step.plan.as_dict(),
+        plan=plan_facts(step.plan),
         changes=told["changes"],
         stopped=outcome.stopped,
         wrote=wrote,
+        batch=course.batch,
+        history=list(step.report().steps),
     )
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from narrowboat.plan.curve import budgets
-from narrowboat.quantities import format_bytes
-from narrowboat.report.cost_curve import CostCurve
+from narrowboat.report import plots
+from narrowboat.report.picture import save_png
 from narrowboat.report.trainee import StepOptions, make_model, make_step
 from narrowboat.train.plan import TrainPlan
 from narrowboat.train.recipes.goal import find_goal
@@ -48,11 +48,13 @@ class TrainForecast:
         learned: what kind of thing, of which the batch is made up.
         plan: for the budget that was asked for.
         curve: from the smallest budget to the plain step's, smallest first.
+        batch: samples.
     """
 
     learned: str
     plan: TrainPlan
     curve: list[TimePoint]
+    batch: int = 0
 
 
 def plan_training(
@@ -87,7 +89,7 @@ def plan_training(
     inputs, targets = goal.random_batch(batch)
     with make_step(model, goal, options, adapt=False) as step:
         plan = step.prepare(inputs, targets)
-        return TrainForecast(goal.kind.value, plan, time_curve(step, inputs, targets, progress=progress))
+        return TrainForecast(goal.kind.value, plan, time_curve(step, inputs, targets, progress=progress), batch)
 
 
 def time_curve(
@@ -141,15 +143,4 @@ def draw_time_curve(
         UsageError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    curve = CostCurve(
-        [point.budget for point in points],
-        [point.slowdown for point in points],
-        ylabel="time of a step, times the plain one's",
-        title=title,
-    )
-    for point, name, marker in ((points[0], "smallest", "o"), (points[-1], "fastest", "s")):
-        label = f"{name}: {format_bytes(point.budget)}, {point.slowdown:.2f} times"
-        curve.mark(point.budget, point.slowdown, marker, label)
-    if budget is not None and points[0].budget <= budget <= points[-1].budget:
-        curve.line(f"budget {format_bytes(budget)}", budget=budget)
-    curve.save(path)
+    save_png(plots.train_curve(points, budget=budget, title=title), Path(path))

@@ -15,6 +15,7 @@ from torch import nn
 from narrowboat.checkpoint import open_index
 from narrowboat.errors import ModelError, NarrowboatError, UsageError
 from narrowboat.report.plain import load_weights
+from narrowboat.train.plan import TrainPlan
 from narrowboat.train.recipes.goal import Goal
 from narrowboat.train.step import TrainStep
 from narrowboat.zoo.folder import FolderModel
@@ -48,6 +49,11 @@ class StepOptions:
     clip: float | None = None
     optimizer: str = "adamw"
     lr: float | None = None
+
+
+def plan_facts(plan: TrainPlan) -> dict[str, Any]:
+    """What a plan says of itself, with the seconds that it predicts of its step and of the plain one."""
+    return {**plan.as_dict(), "predicted_seconds": plan.predicted_seconds, "plain_seconds": plan.plain_seconds}
 
 
 def make_model(resolved: ResolvedModel, weights: Path | None, seed: int) -> nn.Module:

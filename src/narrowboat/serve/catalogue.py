@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Catalogue:
     """
 
     def __init__(self, file: Path, models: Path | None = None) -> None:
-        self.file, self.folder = file, file.resolve().parent
-        self._digest = self._read_digest()
+        self.file: Path | None = file
+        self.folder = file.resolve().parent
+        self._digest = _digest(file)
         self.settings: TasksSpec = load_tasks(file)
         self.specs: dict[str, TaskSpec] = {task.name: task for task in self.settings.tasks}
         self.first = tuple(self.specs)
@@ -51,11 +52,21 @@ class Catalogue:
         if len(self.specs) > _MOST:
             raise TaskSpecError(f"{len(self.specs)} tasks are more than the {_MOST} that a gateway serves")
 
-    def _read_digest(self) -> str:
-        try:
-            return hashlib.sha256(self.file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise TaskSpecError(f"cannot read {self.file}: {error.strerror}") from error
+    @classmethod
+    def of(cls, settings: TasksSpec, folder: Path, first: Sequence[str]) -> Catalogue:
+        """The same without a file, as another process describes it.
+
+        Args:
+            settings: all tasks that are known.
+            folder: that their paths are meant from.
+            first: names of those that run from the start.
+        """
+        made = cls.__new__(cls)
+        made.file, made.folder, made._digest = None, folder, ""
+        made.settings = settings
+        made.specs = {task.name: task for task in settings.tasks}
+        made.first = tuple(first)
+        return made
 
     def everything(self) -> TasksSpec:
         """All tasks at once: what has to be measured."""
@@ -67,8 +78,10 @@ class Catalogue:
         Raises:
             TasksChangedError: it is another by now.
         """
+        if self.file is None:
+            return
         try:
-            now = self._read_digest()
+            now = _digest(self.file)
         except TaskSpecError as error:
             raise TasksChangedError(f"{error}; the gateway goes on with what it read at its start") from error
         if now != self._digest:
@@ -142,6 +155,13 @@ class Catalogue:
             return (self.folder / given).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise TaskSpecError(f"task {name!r}: labels {given}: {error}") from error
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise TaskSpecError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _plain(spec: TaskSpec) -> dict[str, Any]:

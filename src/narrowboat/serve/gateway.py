@@ -56,6 +56,8 @@ class LiveGateway:
     Args:
         settings: of the gateway.
         tell: called with what takes long, in words.
+        catalogue: of its tasks; read from the settings' files if left out.
+        known: all of them, measured already.
 
     Attributes:
         state, said: see ``interface.Gateway``.
@@ -65,13 +67,19 @@ class LiveGateway:
         TaskSpecError: the tasks' file, or one of the models' folder, cannot be used.
     """
 
-    def __init__(self, settings: ServeSettings, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        tell: Callable[[str], None],
+        catalogue: Catalogue | None = None,
+        known: TaskSet | None = None,
+    ) -> None:
         self.state: State = "starting"
         self.said = "measuring what the networks cost, if that is not known"
         self.watch = Watch()
         self._settings, self._tell = settings, tell
-        self._catalogue = Catalogue(settings.tasks, settings.models)
-        self._known: TaskSet | None = None
+        self._catalogue = catalogue or Catalogue(settings.tasks, settings.models)
+        self._known = known
         self._task_set: TaskSet | None = None
         self._faces = Faces(self._catalogue)
         self._hub = Hub(settings.limits.watchers)
@@ -99,9 +107,9 @@ class LiveGateway:
         self._become("serving", "")
 
     def _measure(self) -> tuple[TaskSet, TaskSet]:
-        known = TaskSet(self._catalogue.everything(), self._catalogue.folder)
+        known = self._known or TaskSet(self._catalogue.everything(), self._catalogue.folder)
         known.tell = self._tell
-        known.costed  # noqa: B018 - measures
+        known.costed  # noqa: B018 - measures, if that has not been done
         specs = tuple(self._catalogue.specs[name] for name in self._catalogue.first)
         first = known.with_settings(known.settings.model_copy(update={"tasks": specs}))
         first.require_runnable()
@@ -280,6 +288,11 @@ class LiveGateway:
             return self._with(now, left)
 
         return await self._change(ask)
+
+    async def run_only(self, names: Sequence[str]) -> dict[str, Any]:
+        """Go on with exactly these tasks of the catalogue, in one change; the new plan. Raises as :meth:`load`."""
+        specs = [self._catalogue.spec(name) for name in names]
+        return await self._change(lambda now: self._with(now, specs))
 
     async def set_budget(self, budget: int | str) -> dict[str, Any]:
         """See ``interface.Gateway``."""

@@ -335,9 +335,10 @@ def run_server(
     make_gateway: Callable[[ServeSettings, Callable[[str], None]], ServedGateway],
     tell: Callable[[str], None],
     announce: Callable[[Addresses], None],
+    rooms: Callable[[Gateway, ServeSettings], FastAPI] = make_rooms,
 ) -> bool:
     """Serve until told to end: :class:`Server`, on an event loop of its own."""
-    server = Server(settings, make_gateway, tell)
+    server = Server(settings, make_gateway, tell, rooms)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(server.run(announce))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from narrowboat.errors import ExecutorError, NarrowboatError, UsageError
+from narrowboat.machine.about import about
 from narrowboat.quantities import parse_bytes
 from narrowboat.tasks.admission import Verdict
 from narrowboat.tasks.execute.client import Child, error_told
@@ -292,6 +293,7 @@ class LiveRun:
             for event in self._child.events():
                 if event["event"] == "done" and event["record"] is not None:
                     record = Record.from_json(event["record"])
+                    record.about = about()
                 self._heard(event)
         except BaseException as error:
             told = error if isinstance(error, NarrowboatError) else ExecutorError(f"the run was lost: {error!r}")

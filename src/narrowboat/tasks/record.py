@@ -122,6 +122,7 @@ class Record:
         end: when the run ended.
         premises: what the run-time measured beside: page faults, supply gaps, real-time class.
         changes: of the tasks or the budget, in order.
+        about: by which command it was made, on which machine, when (``machine.about``).
     """
 
     setup: dict[str, Any] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class Record:
     end: int = 0
     premises: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def stretches(self) -> list[Record]:
         """The run from change to change, each with what was assumed in it; no job reaches over a change."""
@@ -180,6 +182,7 @@ class Record:
             "setup": self.setup,
             "end_us": self.end,
             "premises": self.premises,
+            "about": self.about,
             "jobs": [asdict(job) for job in self.jobs],
             "segments": [list(asdict(segment).values()) for segment in self.segments],
             "memory": [list(point) for point in self.memory],
@@ -205,6 +208,7 @@ class Record:
                 told["end_us"],
                 dict(told["premises"]),
                 [Change(**change) for change in told["changes"]],
+                dict(told.get("about", {})),
             )
             wrong = problem_of_changes(found.changes, found.end)
             for part in found.stretches() if not wrong else ():

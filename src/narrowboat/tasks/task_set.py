@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from narrowboat.errors import AdmissionError, UsageError
+from narrowboat.machine.about import about
 from narrowboat.tasks.admission import DEFAULT_CHUNK, Verdict, admit
 from narrowboat.tasks.allocate import Allocation, allocate, as_described
 from narrowboat.tasks.costed import CostedTask, always_bytes, arrival_of, described, facts_of, prefetches, priorities
@@ -164,6 +165,7 @@ class TaskSet:
         record = run.run(periodic(facts, round(seconds * 1e6), offsets))
         record.memory = [(when, nbytes + always) for when, nbytes in record.memory]
         record.setup = self.setup(facts)
+        record.about = about()
         return record
 
     def start(

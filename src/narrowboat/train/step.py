@@ -459,6 +459,8 @@ def train_step(
         loss_fn: gives a scalar (or a pair of sum and count) of the model's output and the targets; None where the
             model returns its loss, as Hugging Face's do.
         optimizer: any of torch's over the model's parameters, but those that need a closure.
+
+    Keyword Args:
         budget: bytes for everything that training holds: weights, buffers, gradients, optimizer state, batch,
             activations, temporaries, and what the allocator adds. An int, "1.5GiB", or "auto" (what the machine can
             spare); of the device where the model is. For a model on a GPU also ``{"cuda": "6GiB", "cpu": "8GiB"}``:
@@ -470,8 +472,7 @@ def train_step(
         batch_norm: "auto" and "never": a batch with BatchNorm in train mode is not split; "lockstep": split, and
             exact; "ghost": each micro-batch has its own statistics, as in plain accumulation (not exact); "frozen":
             BatchNorm in eval mode.
-        techniques: which of ``Switches.NAMES`` may be used; None for all but "fuse" and "low_memory", which round
-            otherwise.
+        techniques: which of ``Switches.NAMES`` may be used; None: all but "fuse" and "low_memory", which round anew.
         micro_batches: their number, where it must not be chosen.
         clip_grad_norm: largest 2-norm of all gradients.
         scaler: a ``torch.amp.GradScaler``.

@@ -53,7 +53,7 @@ def test_the_page_fetches_nothing_and_has_no_inline_handlers_styles_or_markup_fr
 
 
 def test_every_part_is_used_and_small() -> None:
-    parts = {path.name: path.read_text("utf-8") for path in documents._PARTS.iterdir()}
+    parts = {path.name: path.read_text("utf-8") for path in documents.PARTS.iterdir()}
     assert set(parts) == {"index.html", *SCRIPTS, *STYLES}
     assert max(text.count("\n") for text in parts.values()) <= 250
     assert all(parts[name].startswith("//") for name in SCRIPTS)

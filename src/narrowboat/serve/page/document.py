@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-_PARTS = Path(__file__).parent / "static"
+PARTS = Path(__file__).parent / "static"
 # In the order in which they use each other; they share one scope, so a name that is given twice is a syntax error.
 SCRIPTS = (
     "quantities.js",
@@ -72,14 +73,25 @@ class Document:
 
 @cache
 def document() -> Document:
-    """The page; its files are read once."""
-    style = "\n" + "\n".join(_read(name) for name in STYLES)
-    parts = "\n".join(f"// {name}\n{_read(name)}" for name in SCRIPTS)
+    """The page of one machine; its files are read once."""
+    return compose(PARTS / "index.html", [PARTS / name for name in SCRIPTS], [PARTS / name for name in STYLES])
+
+
+def compose(page: Path, scripts: Sequence[Path], styles: Sequence[Path]) -> Document:
+    """A document of parts.
+
+    Args:
+        page: HTML, with the marks ``/* style */`` and ``/* script */``.
+        scripts: in the order in which they use each other.
+        styles: likewise.
+    """
+    style = "\n" + "\n".join(_read(path) for path in styles)
+    parts = "\n".join(f"// {path.name}\n{_read(path)}" for path in scripts)
     script = f'\n(() => {{\n"use strict";\n{parts}\n}})();\n'
-    shell = _read("index.html")
+    shell = _read(page)
     for mark, inlined in (("/* style */", style), ("/* script */", script)):
         if shell.count(mark) != 1 or "</s" in inlined:
-            raise AssertionError(f"index.html has to have {mark!r} once, and no part may end its element")
+            raise AssertionError(f"{page.name} has to have {mark!r} once, and no part may end its element")
         shell = shell.replace(mark, inlined)
     body = shell.encode()
     policy = "; ".join(
@@ -98,8 +110,8 @@ def document() -> Document:
     return Document(body, gzip.compress(body, 9, mtime=0), etag, policy)
 
 
-def _read(name: str) -> str:
-    return (_PARTS / name).read_text(encoding="utf-8")
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

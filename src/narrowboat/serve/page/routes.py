@@ -9,7 +9,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from narrowboat.serve.interface import Gateway, TaskFace
-from narrowboat.serve.page.document import document
+from narrowboat.serve.page.document import Document, document
 from narrowboat.serve.page.sse import EventStream
 from narrowboat.serve.page.trial import Trials
 
@@ -52,11 +52,16 @@ _TRY: dict[str, Any] = {
 }
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """``/``, ``/v1/events``, ``/v1/tasks`` and ``/v1/tasks/{name}/try``."""
+def router(gateway: Gateway, page: Document | None = None) -> APIRouter:
+    """``/``, ``/v1/events``, ``/v1/tasks`` and ``/v1/tasks/{name}/try``.
+
+    Args:
+        gateway: in front of which they are.
+        page: answered to ``/``; that of one machine if left out.
+    """
     routes = APIRouter(tags=["page"])
     trials = Trials(gateway)
-    page = document()
+    page = page or document()
 
     @routes.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def shell(request: Request) -> Response:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from narrowboat.machine.about import about
 from narrowboat.tasks.record import Change, JobRecord, Record, Segment
 
 _UNTOLD = "what the run was granted was not told"
@@ -181,7 +182,7 @@ class _Run:
         parts = [part for part in parts if part.job < 0 or (part.task, part.job) in there]
         memory = [(max(when, begin), held) for when, held in self._memory]
         memory = memory[max(bisect_right(memory, begin, key=lambda point: point[0]) - 1, 0) :]
-        return Record(setup, jobs, parts, memory, self._now, self._premises(begin), changes)
+        return Record(setup, jobs, parts, memory, self._now, self._premises(begin), changes, about())
 
     def _idle_before(self, cut: int) -> int:
         """The last instant up to ``cut`` in which no job was under way; some time before it, if there is none."""

@@ -16,6 +16,8 @@ COMPUTE, DISPATCH, LOAD = (
     65,
 )  # SCHED_FIFO priorities: below the kernel's own threads at 99 and 50 and over users'
 
+_AT_FIRST = os.sched_getaffinity(0)  # cores that we were given before any thread chose its own
+
 
 @dataclass
 class RealTime:
@@ -85,7 +87,7 @@ def leave() -> None:
     """The calling thread back to ordinary scheduling."""
     if os.sched_getscheduler(0) == os.SCHED_FIFO:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    os.sched_setaffinity(0, _AT_FIRST)
 
 
 def cores(compute: int | None, load: int | None) -> tuple[int | None, int | None]:

@@ -11,6 +11,7 @@ import torch
 
 from narrowboat.arena.device.cuda import named
 from narrowboat.errors import NarrowboatError
+from narrowboat.tasks.execute import realtime
 from narrowboat.tasks.execute.gate import JobEnded
 from narrowboat.tasks.execute.model import TaskModel
 from narrowboat.tasks.job import Job
@@ -107,6 +108,8 @@ class Worker(threading.Thread):
                 error = error or caught
             self._dispatcher.finished(self, run.job, output, error)
             del output, error, run
+        # What libraries do when a thread ends may spin for a lock: in the real-time class, on one core, for ever.
+        realtime.leave()
 
     def _pass(self, inputs: tuple[Any, ...]) -> Any:
         with torch.inference_mode():

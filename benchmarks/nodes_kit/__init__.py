@@ -1,0 +1,1 @@
+"""What several machines do together, measured on a local Ray cluster."""

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/papers.py``, one job each."""

@@ -1,0 +1,1 @@
+"""Several machines: tasks placed on the nodes of a Ray cluster, models split over them, data sets swept by them."""

@@ -6,8 +6,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
 # Kept to deadlines by the clock: they run by themselves.
-TIMED  := tests/tasks tests/serve/test_gateway.py tests/serve/openai/test_live.py tests/cluster/test_ray.py \
-          tests/cluster/test_namespaces.py
+TIMED  := tests/tasks tests/serve/test_gateway.py tests/serve/openai/test_live.py tests/cluster/test_node.py \
+          tests/cluster/test_ray.py tests/cluster/test_namespaces.py tests/cluster/dataset tests/cluster/pipeline \
+          tests/packaging/test_installed.py
 
 # An OpenMP worker that spins for long starves whatever runs beside it; children inherit this.
 export GOMP_SPINCOUNT ?= 1000

@@ -117,13 +117,3 @@ def large_rows(batch: dict[str, Any]) -> dict[str, Any]:
 def label(output: torch.Tensor) -> dict[str, Any]:
     """The best of the scores, and all of them."""
     return {"label": int(output.argmax()), "scores": output}
-
-
-def private_bytes(pid: int) -> int:
-    """Anonymous memory of a process; 0 once it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(found[0]) * 1024 if found else 0

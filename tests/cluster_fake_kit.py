@@ -35,6 +35,8 @@ class FakeNode:
         dead: every call fails at once.
         refuses: tasks that it refuses to start though they would fit.
         busy: jobs are beyond the contract.
+        kept: what the newest question said of its lease.
+        late: seconds that its answers are under way.
     """
 
     name: str
@@ -50,6 +52,8 @@ class FakeNode:
     born: str = field(default_factory=lambda: uuid.uuid4().hex)
     running: tuple[str, ...] = ()
     jobs: int = 0
+    kept: bool = True
+    late: float = 0.0
     learned: list[int] = field(default_factory=list)
     asked: list[tuple[str, ...]] = field(default_factory=list)
     address: str = ""
@@ -67,7 +71,9 @@ class FakeNode:
         if self.dead:
             raise NodeLostError(f"node {self.name} is dead")
         try:
-            return await getattr(self, f"_{method}")(*arguments)
+            told = await getattr(self, f"_{method}")(*arguments)
+            await asyncio.sleep(self.late)
+            return told
         except NarrowboatError as error:
             raise Failure.of(error).error() from None
 
@@ -81,7 +87,8 @@ class FakeNode:
     async def _echo(self, payload: bytes, answer: int) -> bytes:
         return bytes(answer)
 
-    async def _beat(self) -> dict[str, Any]:
+    async def _beat(self, kept: bool = True) -> dict[str, Any]:
+        self.kept = kept
         held = sum(self.sizes[name] for name in self.running)
         tick = {"held_bytes": held, "peak_bytes": held}
         return {"born": self.born, "running": list(self.running), "state": "serving", "said": "", "tick": tick}
@@ -99,7 +106,7 @@ class FakeNode:
         self.asked.append(tuple(names))
         need = sum(self.sizes[name] for name in names)
         fits = need <= self.budget
-        return {"fits": fits, "reason": "" if fits else f"{need} bytes are needed", "suggestions": []}
+        return {"fits": fits, "reason": "" if fits else f"{need >> 20} MiB are needed", "suggestions": []}
 
     async def _put(self, names: Sequence[str]) -> dict[str, Any]:
         if self.refuses & set(names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -104,13 +103,6 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NARROWBOAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def what_is_imported_stays() -> None:
-    """A search for garbage takes 0.2 s in a process that holds torch; what is there before a file is not searched."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

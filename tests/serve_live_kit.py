@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,53 @@ def with_gateway(
     before = open_files()
     asyncio.run(go())
     assert open_files() <= before, "a gateway that is closed leaves nothing open"
+
+
+class Served:
+    """A gateway that serves on a thread of its own until the context ends; nothing of it is left afterwards.
+
+    ``last_asked`` is when the last ``run`` ended, by the monotonic clock.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.last_asked = 0.0
+        self._before = open_files()
+        self._file = file
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="served")
+
+    def run(self, work: Callable[[LiveGateway], Coroutine[Any, Any, None]]) -> None:
+        """Run ``work`` with the gateway; its errors are raised here."""
+        try:
+            asyncio.run_coroutine_threadsafe(asyncio.wait_for(work(self._gateway), 120), self._loop).result()
+        finally:
+            self.last_asked = time.monotonic()
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    async def _start(self) -> None:
+        self._gateway = LiveGateway(ServeSettings(self._file, port=0, grpc_port=None, models=None), lambda said: None)
+        await asyncio.wait_for(self._gateway.start(), 120)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            asyncio.run_coroutine_threadsafe(self._gateway.close(), self._loop).result(120)
+        finally:
+            self._end()
+        assert open_files() <= self._before, "a gateway that is closed leaves nothing open"
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
 
 
 def open_files() -> int:

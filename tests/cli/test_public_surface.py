@@ -19,25 +19,41 @@ def test_import_loads_no_torch() -> None:
     assert finished.returncode == 0, finished.stderr
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import narrowboat.stream.session, narrowboat.checkpoint.pack; import narrowboat as nb",
-        "import narrowboat as nb; nb.session; nb.stream; nb.pack; import narrowboat.stream.session",
-        "import narrowboat.train.recipes.loop; import narrowboat as nb",
-    ],
-)
-def test_every_name_works_after_any_order_of_imports(imports: str) -> None:
-    finished = _run(
-        f"{imports}\n"
-        "import types\n"
-        "assert callable(nb.stream) and callable(nb.session) and isinstance(nb.pack, types.FunctionType)\n"
-        "from narrowboat.stream import stream\n"
-        "from narrowboat.stream.session import Session\n"
-        "assert nb.Session is Session and callable(stream)\n"
-        "assert issubclass(nb.errors.BudgetError, nb.NarrowboatError)\n"
-        "try:\n    nb.stream()\nexcept TypeError as error:\n    assert 'stream()' in str(error), error\n"
-    )
+ORDERS = [
+    "import narrowboat.stream.session, narrowboat.checkpoint.pack; import narrowboat as nb",
+    "import narrowboat as nb; nb.session; nb.stream; nb.pack; import narrowboat.stream.session",
+    "import narrowboat.train.recipes.loop; import narrowboat as nb",
+]
+# One process imports torch, and forks a child for each order.
+EACH = """
+import os, sys, traceback, types
+import torch
+assert not [name for name in sys.modules if name.startswith("narrowboat")]
+for imports in ORDERS:
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(imports)
+            assert callable(nb.stream) and callable(nb.session) and isinstance(nb.pack, types.FunctionType)
+            from narrowboat.stream import stream
+            from narrowboat.stream.session import Session
+            assert nb.Session is Session and callable(stream)
+            assert issubclass(nb.errors.BudgetError, nb.NarrowboatError)
+            try:
+                nb.stream()
+            except TypeError as error:
+                assert "stream()" in str(error), error
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, imports
+"""
+
+
+def test_every_name_works_after_any_order_of_imports() -> None:
+    finished = _run(f"ORDERS = {ORDERS!r}\n{EACH}")
     assert finished.returncode == 0, finished.stderr
 
 

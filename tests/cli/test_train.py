@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,41 +240,65 @@ def test_a_model_without_a_tokenizer_learns_bytes(narrowboat: Any, text: Path) -
     assert (small.code, "has 256 tokens, and the model tells 90 apart" in small.err) == (2, True)
 
 
-@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_after_the_step_and_what_was_trained_is_saved(tmp_path: Path, signalled: int) -> None:
-    out = tmp_path / "out.safetensors"
-    arguments = ("trained_models:slow", "--data", "digits", *BUDGET, "--steps", "100000", "--out", str(out), "--json")
-    code = "import sys; from narrowboat.cli import train_live; train_live._EVERY = 0.0\n"
-    # Said after the first step, so that the signal comes while it trains.
-    code += (
-        "from narrowboat.train.recipes import loop\n"
-        "plain = loop.load\n"
-        "def load(*a):\n    print('batch', file=sys.stderr, flush=True)\n    return plain(*a)\n"
-        "loop.load = load\n"
-        f"from narrowboat.cli.main import main; main(['train', *{arguments!r}])"
-    )
+# One process imports torch, and forks a child for each signal.
+SIGNALLED = """
+import os, sys
+from narrowboat.cli import train_live
+from narrowboat.cli.main import main
+from narrowboat.train.recipes import loop
+
+train_live._EVERY = 0.0
+plain = loop.load
+
+# Said before each step, so that the signal comes while it trains.
+def load(*a):
+    print('batch', os.getpid(), file=sys.stderr, flush=True)
+    return plain(*a)
+
+loop.load = load
+arguments = ["train", "trained_models:slow", "--data", "digits", "--budget", "500MiB", "--steps", "100000", "--json"]
+for out in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(f"{out}.json", "w")
+        main([*arguments, "--out", out])
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+"""
+
+
+def test_a_signal_ends_it_after_the_step_and_what_was_trained_is_saved(tmp_path: Path) -> None:
+    outs = {signal.SIGINT: tmp_path / "int.safetensors", signal.SIGTERM: tmp_path / "term.safetensors"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", SIGNALLED, *map(str, outs.values())], stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
+    assert process.stderr is not None
+    said = iter(process.stderr.readline, "")
+    child = 0
     try:
-        assert process.stderr is not None
-        for _ in range(3):
-            assert "batch" in process.stderr.readline()
-        os.kill(process.pid, signalled)
-        said, errors = process.communicate(timeout=60)
+        for signalled, out in outs.items():
+            told: list[str] = []
+            for _ in range(3):
+                told = next(said).split()
+                assert told[0] == "batch"
+            child = int(told[1])
+            os.kill(child, signalled)
+            rest = list(iter(lambda: next(said).strip(), "ended 130"))
+            assert len(rest) < 1000, "it ends after the step"
+            report = json.loads(Path(f"{out}.json").read_text())
+            assert report["stopped"] is True
+            assert 2 <= report["steps"] < 100000
+            state = torch.load(f"{out}.state", weights_only=True)
+            assert state["steps"] == report["steps"]
+            assert out.is_file()
+            assert not list(tmp_path.glob(".*packing"))
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130, errors
-    import json
-
-    report = json.loads(said)
-    assert report["stopped"] is True
-    assert 2 <= report["steps"] < 100000
-    state = torch.load(tmp_path / "out.safetensors.state", weights_only=True)
-    assert state["steps"] == report["steps"]
-    assert out.is_file()
-    assert not list(tmp_path.glob(".*packing"))
+        process.stderr.close()
+        if child:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_an_image_that_cannot_be_read_ends_it_with_its_name_and_what_was_trained(

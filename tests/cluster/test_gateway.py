@@ -95,7 +95,7 @@ def test_what_no_other_node_can_take_is_refused_with_each_node_s_reason(tmp_path
         cluster.hidden.add("a")
         cluster.nodes["a"].dead = True
         await until(lambda: "big" in gateway.arrangement.refused)
-        with pytest.raises(NotServingError, match=r"no node takes it: big: .*b: .* bytes are needed") as caught:
+        with pytest.raises(NotServingError, match=r"no node takes it: big: .*b: .* MiB are needed") as caught:
             await gateway.infer("big", X)
         assert caught.value.retry_after is None, "to come again would not help"
         assert (await gateway.infer("small", X)).met, "the others go on"
@@ -180,7 +180,7 @@ def test_a_cluster_too_small_is_refused_whole_and_nothing_is_left(tmp_path: Path
     async def work(gateway: ClusterGateway) -> None:
         raise AssertionError
 
-    with pytest.raises(PlacementError, match=r"no node takes big: a: .*bytes are needed, b: .*--partial") as caught:
+    with pytest.raises(PlacementError, match=r"no node takes big: a: .*MiB are needed, b: .*--partial") as caught:
         run(describe(tmp_path, "big", "small"), cluster, work)
     assert set(caught.value.refusals["big"]) == {"a", "b"}
     assert cluster.nodes["a"].running == () and cluster.closed
@@ -189,7 +189,7 @@ def test_a_cluster_too_small_is_refused_whole_and_nothing_is_left(tmp_path: Path
 def test_partial_deploys_the_others(tmp_path: Path) -> None:
     async def work(gateway: ClusterGateway) -> None:
         assert (await gateway.infer("small", X)).met
-        assert not gateway.face("big").ready and "bytes are needed" in gateway.face("big").reason
+        assert not gateway.face("big").ready and "MiB are needed" in gateway.face("big").reason
 
     run(describe(tmp_path, "big", "small"), FakeCluster(node("a", 50)), work, partial=True)
 
@@ -346,7 +346,7 @@ def test_tasks_are_unloaded_and_loaded_and_what_if_changes_nothing(tmp_path: Pat
 
 def test_a_task_that_is_loaded_where_there_is_no_room_is_a_conflict_with_reasons(tmp_path: Path) -> None:
     async def work(gateway: ClusterGateway) -> None:
-        with pytest.raises(ConflictError, match="bytes are needed"):
+        with pytest.raises(ConflictError, match="MiB are needed"):
             await gateway.load("big")
 
     run(describe(tmp_path, "big", "small"), FakeCluster(node("a", 50)), work, partial=True)

@@ -69,7 +69,7 @@ def test_a_node_learns_judges_runs_changes_and_puts_down(nets: Path) -> None:  #
         assert (await node.fits(["asked", "free"]))["fits"]
         tiny = NodeExecutor("tiny", 64 << 10)
         found = await tiny.learn(parse_description(load_tasks(nets / "cluster.yaml")), str(nets), 4000)
-        assert "64 KiB" in found["asked"]["reason"] and "64 KiB" in (await tiny.fits(["asked"]))["reason"]
+        assert "64.0 KiB" in found["asked"]["reason"] and "64.0 KiB" in (await tiny.fits(["asked"]))["reason"]
         assert "absent cannot run here" in (await node.fits(["asked", "absent"]))["reason"]
         assert (await node.beat())["state"] == "idle"
         with pytest.raises(NotServingError):

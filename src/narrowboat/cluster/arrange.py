@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from narrowboat.cluster.link import NodeLink
 from narrowboat.cluster.member import Member
 from narrowboat.cluster.placement import Fit, Placement, Wanted, place
 from narrowboat.errors import NarrowboatError, NodeLostError
@@ -21,6 +20,7 @@ class Arrangement:
     Args:
         members: all nodes, by identity; shared with whoever watches them.
         seconds: that a node may take to start what it is given.
+        lost: seconds without any answer, after which that is waited for no longer.
         tell: called with what happened, in words.
 
     Attributes:
@@ -29,11 +29,13 @@ class Arrangement:
         moved: tasks that went to another node since the start.
     """
 
-    def __init__(self, members: Mapping[str, Member], seconds: float, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, members: Mapping[str, Member], seconds: float, lost: float, tell: Callable[[str], None]
+    ) -> None:
         self.wanted: dict[str, TaskSpec] = {}
         self.refused: dict[str, dict[str, str]] = {}
         self.moved = 0
-        self._members, self._seconds, self._tell = members, seconds, tell
+        self._members, self._seconds, self._lost, self._tell = members, seconds, lost, tell
         self._homes: dict[str, str] = {}
         self._arranging = asyncio.Lock()
 
@@ -98,13 +100,17 @@ class Arrangement:
                 if not await self._put(member, [name for name in member.tasks if name != task]):
                     self._tell(f"{task} leaves {member.name}: fewer nodes will do")
 
-    async def clear(self, member: Member) -> None:
-        """A node that comes back puts down what was moved from it meanwhile."""
+    def changing(self) -> bool:
+        """Nodes are being told what to run: what they say that they run may be what they ran."""
+        return self._arranging.locked()
+
+    async def clear(self, member: Member) -> str:
+        """A node that comes back puts down what was moved from it meanwhile; why it does not, or ""."""
         async with self._arranging:
-            await self._put(member, [])
+            return await self._put(member, [])
 
     async def restore(self, member: Member) -> None:
-        """A node whose process was started anew gets its tasks again, or they go elsewhere."""
+        """A node that does not run what it was given is given it again, and nothing else; or it goes elsewhere."""
         async with self._arranging:
             if await self._put(member, list(member.tasks)):
                 member.tasks = ()
@@ -148,7 +154,7 @@ class Arrangement:
 
     async def _fits(self, member: Member, names: Sequence[str]) -> Fit:
         try:
-            told = await asyncio.wait_for(_link(member).call("fits", list(names)), self._seconds)
+            told = await self._ask(member, "fits", list(names))
         except TimeoutError:
             return Fit(False, f"it took longer than {self._seconds:g} s to judge")
         except NarrowboatError as error:
@@ -175,9 +181,8 @@ class Arrangement:
     async def _put(self, member: Member, names: Sequence[str]) -> str:
         """A node is told what to run; why it does not, or ""."""
         try:
-            link = _link(member)
-            plan = await asyncio.wait_for(link.call("put", list(names)), self._seconds)
-            faces = await asyncio.wait_for(link.call("faces"), self._seconds)
+            plan = await self._ask(member, "put", list(names))
+            faces = await self._ask(member, "faces")
         except TimeoutError:
             return f"it took longer than {self._seconds:g} s to start"
         except NarrowboatError as error:
@@ -193,11 +198,10 @@ class Arrangement:
         member.faces = {face["name"]: face for face in faces}
         return ""
 
-
-def _link(member: Member) -> NodeLink:
-    if member.link is None or member.state not in ("ready", "joining"):
-        raise NodeLostError(f"node {member.name} is {member.state}: {member.said}")
-    return member.link
+    async def _ask(self, member: Member, method: str, *arguments: Any) -> Any:
+        if member.state not in ("ready", "joining"):
+            raise NodeLostError(f"node {member.name} is {member.state}: {member.said}")
+        return await member.ask(method, *arguments, seconds=self._seconds, lost=self._lost)
 
 
 def told_of(refused: Mapping[str, Mapping[str, Any]]) -> str:

@@ -70,7 +70,7 @@ class ClusterGateway:
         self._settings, self._cluster, self._said_to = settings, cluster, tell
         self._read()
         pace = settings.pace
-        self.arrangement = Arrangement(self.members, pace.start, self._tell)
+        self.arrangement = Arrangement(self.members, pace.start, pace.lost, self._tell)
         self._joining = Joining(cluster, pace)
         self._router = Router(self._open_homes, pace.patience, pace.lost)
         self._hub = Hub(_WATCHERS)
@@ -176,6 +176,7 @@ class ClusterGateway:
             return await self._joining.way(member)
         except (TimeoutError, NarrowboatError) as error:
             member.becomes("refused", f"its way could not be measured: {error or 'it did not answer'}")
+            member.retry = time.monotonic() + self._settings.pace.lost
             return 0
 
     async def _learn(self, member: Member) -> None:

@@ -36,13 +36,14 @@ class Joining:
     async def open(self, member: Member) -> None:
         """Its executor is there and says who it is; or the member is refused, with the reason."""
         try:
-            member.link = await self._cluster.open(member.machine, self._pace.lease)
+            if member.link is None:
+                member.link = await self._cluster.open(member.machine, self._pace.lease)
             member.about = await asyncio.wait_for(self._first_word(member), self._pace.start)
             member.answers()
         except TimeoutError:
-            member.becomes("refused", f"its executor did not start within {self._pace.start:g} s")
+            self._refuse(member, f"its executor did not start within {self._pace.start:g} s", again=True)
         except NarrowboatError as error:
-            member.becomes("refused", str(error))
+            self._refuse(member, str(error), again=_unreached(error))
         else:
             here = versions()
             differs = differing(
@@ -50,6 +51,15 @@ class Joining:
             )
             if differs:
                 member.becomes("refused", f"its versions differ from the ingress: {differs}; install the same")
+
+    def _refuse(self, member: Member, said: str, *, again: bool) -> None:
+        """A node that is no use; one that was only not reached is tried again as long as the cluster names it."""
+        if member.state == "lost":  # it has left the cluster meanwhile
+            return
+        member.becomes("refused", said)
+        member.tasks = ()  # nobody asks it any more: its lease ends, and what it ran may go elsewhere
+        if again:
+            member.retry = time.monotonic() + self._pace.lost
 
     async def _first_word(self, member: Member) -> dict[str, Any]:
         assert member.link is not None
@@ -80,17 +90,21 @@ class Joining:
         assert member.link is not None
         async with self._of_host[member.machine.address]:
             try:
-                told = await asyncio.wait_for(
-                    member.link.call("learn", dict(description), folder, allowed), self._pace.start
+                told = await member.ask(
+                    "learn", dict(description), folder, allowed, seconds=self._pace.start, lost=self._pace.lost
                 )
             except TimeoutError:
-                member.becomes("refused", f"measuring the networks took longer than {self._pace.start:g} s")
+                self._refuse(member, f"measuring the networks took longer than {self._pace.start:g} s", again=False)
                 return
             except NarrowboatError as error:
-                member.becomes("refused", str(error))
+                self._refuse(member, str(error), again=_unreached(error))
                 return
         member.learned = told
         member.answers()
+
+
+def _unreached(error: NarrowboatError) -> bool:
+    return type(error) in (NodeLostError, ClusterError)
 
 
 def compare_weights(members: Iterable[Member]) -> None:

@@ -112,10 +112,13 @@ def local_cluster(budgets: Sequence[tuple[str, int]], *, head_cpus: float = 1) -
     """
     require_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Before Ray is imported: everything listens on, and is called at, 127.0.0.1.
+    # Everything listens on, and is called at, 127.0.0.1: in children, and here if Ray has been imported before.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
+    from ray._private import ray_constants
     from ray.cluster_utils import Cluster
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
     cluster = Cluster(
         initialize_head=True,

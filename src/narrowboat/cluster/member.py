@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from narrowboat.cluster.link import NodeLink
 from narrowboat.cluster.machines import Machine
+from narrowboat.errors import NodeLostError
 
 MemberState = Literal["joining", "ready", "silent", "lost", "refused"]
 
@@ -34,6 +35,7 @@ class Member:
         under_way: requests to it, by task.
         gone: set when what waits for it should wait no more.
         longest: longest way there and back that a request took, microseconds.
+        retry: of a refused node that could not be reached: when to try it again, by the monotonic clock; else None.
     """
 
     machine: Machine
@@ -50,6 +52,7 @@ class Member:
     under_way: Counter[str] = field(default_factory=Counter)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     longest: int = 0
+    retry: float | None = None
 
     @property
     def name(self) -> str:
@@ -62,11 +65,49 @@ class Member:
 
     def becomes(self, state: MemberState, said: str = "") -> None:
         """Another state; whoever waits for a node that is not there any more is told."""
-        self.state, self.said = state, said
+        self.state, self.said, self.retry = state, said, None
         if state in ("silent", "lost", "refused"):
             self.gone.set()
         elif self.gone.is_set():
             self.gone = asyncio.Event()
+
+    async def ask(self, method: str, *arguments: Any, seconds: float, lost: float) -> Any:
+        """A call that may take long, to a node that answers other questions meanwhile.
+
+        Args:
+            method, arguments: see ``link.NodeLink.call``.
+            seconds: that it may take.
+            lost: seconds without any answer, after which nothing is waited for any more: a cut cable is not known by
+                what comes, and whoever waits may keep others from being moved.
+
+        Raises:
+            TimeoutError: it took longer.
+            NodeLostError: the node is not reached any more.
+        """
+        if self.link is None:
+            raise NodeLostError(f"node {self.name} is {self.state}: {self.said}")
+        until = time.monotonic() + seconds
+        call = asyncio.ensure_future(self.link.call(method, *arguments))
+        asked = [call]
+        try:
+            while True:
+                await asyncio.wait({call}, timeout=max(min(lost / 4, until - time.monotonic()), 0.0))
+                if call.done():
+                    return call.result()
+                if time.monotonic() >= until:
+                    raise TimeoutError
+                beat = asyncio.ensure_future(self.link.call("beat"))
+                asked[1:] = [beat]
+                await asyncio.wait({call, beat}, timeout=lost, return_when=asyncio.FIRST_COMPLETED)
+                if call.done():
+                    return call.result()
+                if not beat.done():
+                    raise NodeLostError(f"node {self.name} has not answered for {lost:g} s")
+                beat.result()
+        finally:
+            for one in asked:
+                one.cancel()
+                one.add_done_callback(heard)
 
     def can(self, task: str) -> bool:
         """It knows the task's costs, and nothing speaks against it."""
@@ -97,3 +138,9 @@ class Member:
             "versions": self.about.get("versions", {}),
             "longest_way_us": self.longest,
         }
+
+
+def heard(call: asyncio.Future[Any]) -> None:
+    """Whatever became of a call nobody waits for any more: it is no error that nobody has seen."""
+    if not call.cancelled():
+        call.exception()

@@ -71,9 +71,15 @@ class NodeExecutor:
         """What takes as long as a job's way: a request of some size, and an answer of ``answer`` bytes."""
         return bytes(answer)
 
-    async def beat(self) -> dict[str, Any]:
-        """That it is there, what runs, and the newest picture of it."""
-        self._hear()
+    async def beat(self, kept: bool = True) -> dict[str, Any]:
+        """That it is there, what runs, and the newest picture of it.
+
+        Args:
+            kept: whoever asks has not given the node up. One that is given up may hear every question while its
+                answers come too late: those questions must not keep its lease.
+        """
+        if kept:
+            self._hear()
         gateway = self._gateway
         return {
             "born": self.born,

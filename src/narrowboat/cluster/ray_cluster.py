@@ -36,6 +36,7 @@ _HELP = (
     "start each node with the bytes that it gives: ray start --address=HEAD:6379 "
     f"--resources='{{\"{MEMORY}\": 2147483648}}'"
 )
+_TOKEN = "A cluster that asks for a token wants RAY_AUTH_MODE=token, and its head's ~/.ray/auth_token, here too"
 _ONE = threading.Lock()  # Ray Serve's calls that make deployments change what all threads share
 T = TypeVar("T")
 
@@ -73,13 +74,15 @@ class RayCluster:
             await aside(self._connect, _CONNECT)
         except TimeoutError:
             raise NoClusterError(
-                f"no Ray cluster answers at {self._address!r} within {_CONNECT:g} s: is it running, and reachable?"
+                f"no Ray cluster answers at {self._address!r} within {_CONNECT:g} s: is it running, and reachable? "
+                f"{_TOKEN}"
             ) from None
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
         from ray import serve
+        from ray.exceptions import AuthenticationError
 
         try:
             if not ray.is_initialized():
@@ -91,6 +94,8 @@ class RayCluster:
                     configure_logging=False,
                 )
                 self._connected = True
+        except AuthenticationError as error:
+            raise NoClusterError(f"the Ray cluster at {self._address!r} does not let us in. {_TOKEN}") from error
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise NoClusterError(

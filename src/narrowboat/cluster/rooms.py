@@ -22,7 +22,7 @@ _SHARED = ("quantities.js", "dom.js", "theme.js", "api.js")
 def cluster_page() -> Document:
     """The page; its files are read once."""
     scripts = [*(PARTS / name for name in _SHARED), _HERE / "cluster.js"]
-    return compose(_HERE / "index.html", scripts, [PARTS / "page.css", PARTS / "panels.css"])
+    return compose(_HERE / "index.html", scripts, [PARTS / "page.css", PARTS / "panels.css", _HERE / "cluster.css"])
 
 
 def make_cluster_rooms(gateway: Gateway, settings: ServeSettings) -> FastAPI:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from narrowboat.cluster.link import pack_inputs, unpack_reply
-from narrowboat.cluster.member import Member
+from narrowboat.cluster.member import Member, heard
 from narrowboat.errors import BeyondContractError, ExpiredError, NodeLostError, NotServingError
 from narrowboat.serve.interface import Reply
 from narrowboat.tasks.tensors import RawTensor
@@ -96,10 +96,4 @@ class Router:
             member.under_way[task] -= 1
             gone.cancel()
             call.cancel()
-            call.add_done_callback(_heard)
-
-
-def _heard(call: asyncio.Future[Any]) -> None:
-    """Whatever became of a call nobody waits for any more: it is no error that nobody has seen."""
-    if not call.cancelled():
-        call.exception()
+            call.add_done_callback(heard)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from narrowboat.cluster.arrange import Arrangement
+from narrowboat.cluster.arrange import Arrangement, told_of
 from narrowboat.cluster.link import Cluster
 from narrowboat.cluster.machines import Machine
 from narrowboat.cluster.member import Member
@@ -48,6 +48,8 @@ class Watcher:
         self._pace, self._bring_in, self._tell, self._changed = pace, bring_in, tell, changed
         self._replicas = replicas
         self._beating: dict[str, asyncio.Task[None]] = {}
+        self._restoring: set[str] = set()
+        self._refused: dict[str, dict[str, str]] = {}  # as it was told last
         self._working: set[asyncio.Task[None]] = set()
         self._demand: dict[str, Demand] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -104,6 +106,9 @@ class Watcher:
                 member = self._members[identity] = Member(machine)
                 self._tell(f"node {machine.name} has come")
                 self._do(self._join(member))
+            elif (known := self._members[identity]).retry is not None and time.monotonic() > known.retry:
+                known.becomes("joining", "it is tried again")
+                self._do(self._join(known))
         for identity, member in list(self._members.items()):
             if identity not in there:
                 if member.state != "lost":
@@ -137,7 +142,7 @@ class Watcher:
     async def _beat(self, member: Member) -> None:
         assert member.link is not None
         try:
-            told = await asyncio.wait_for(member.link.call("beat"), self._pace.lost)
+            told = await asyncio.wait_for(member.link.call("beat", member.state != "lost"), self._pace.lost)
         except (TimeoutError, NarrowboatError):
             return
         member.answers()
@@ -149,28 +154,58 @@ class Watcher:
         elif member.state == "lost":
             self._do(self._back(member))
         if member.state == "ready" and (told["born"] != member.about["born"] or told["state"] == "stopped"):
-            self._tell(f"the executor's process on {member.name} was started anew: its tasks are given to it again")
-            member.about["born"] = told["born"]
-            self._do(self._again(member))
-        elif member.state == "ready" and set(member.tasks) - set(told["running"]) and not told["running"]:
-            # It put them down because it heard nothing for its lease, and is heard again before it was given up.
-            self._do(self._again(member))
+            if self._once(member, self._again):
+                self._tell(
+                    f"the executor's process on {member.name} was started anew: its tasks are given to it again"
+                )
+                member.about["born"] = told["born"]
+        elif member.state == "ready" and set(member.tasks) != set(told["running"]):
+            # It put them down because it heard nothing for its lease, and is heard again before it was given up; or
+            # it runs what it was told by a question whose answer never came.
+            self._once(member, self._agree)
 
     async def _back(self, member: Member) -> None:
         """It was given up, and is there all the same: what it had runs elsewhere, or waits for a place."""
         member.becomes("joining", "it is back")
         self._tell(f"node {member.name} is back")
-        member.state = "ready"
-        await self._arrangement.clear(member)
-        await self._arrangement.settle()
+        why = await self._arrangement.clear(member)
+        if member.state != "joining":  # it has left the cluster meanwhile
+            return
+        if why:
+            member.becomes("lost", f"it did not put down what it ran: {why}")
+            self._tell(f"node {member.name} is lost again: {member.said}")
+        else:
+            member.becomes("ready")
+            await self._arrangement.settle()
+        self._changed()
+
+    def _once(self, member: Member, work: Callable[[Member], Awaitable[None]]) -> bool:
+        """Whether it is begun: not while it is being done, or while nodes are told what to run."""
+        identity = member.machine.identity
+        if identity in self._restoring or self._arrangement.changing():
+            return False
+        self._restoring.add(identity)
+
+        async def once() -> None:
+            try:
+                await work(member)
+            finally:
+                self._restoring.discard(identity)
+
+        self._do(once())
+        return True
+
+    async def _agree(self, member: Member) -> None:
+        await self._arrangement.restore(member)
         self._changed()
 
     async def _again(self, member: Member) -> None:
-        before = member.tasks
         await self._bring_in(member)
-        member.tasks = before
         if member.state == "ready":
             await self._arrangement.restore(member)
+        elif member.state == "refused":
+            member.tasks = ()
+            await self._arrangement.settle()
         self._changed()
 
     def _lose(self, member: Member, said: str) -> None:
@@ -184,6 +219,10 @@ class Watcher:
 
     async def _move(self) -> None:
         await self._arrangement.settle()
+        before, self._refused = self._refused, dict(self._arrangement.refused)
+        for name, said in self._refused.items():
+            if before.get(name) != said:
+                self._tell(f"no node takes {told_of({name: said})}")
         self._changed()
 
     # -- how much is asked of them ---------------------------------------------------------------------

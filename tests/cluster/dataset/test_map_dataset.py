@@ -182,7 +182,9 @@ def test_a_budget_too_small_everywhere_is_refused_with_each_nodes_reason(
         asked(tmp_path / "w.safetensors", budget="20MiB", nodes=["z"])
 
 
-def test_a_data_set_many_times_the_memory_passes_through(cluster: LocalCluster, tmp_path: Path) -> None:
+def test_a_data_set_larger_than_the_object_stores_passes_within_each_budget(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
     import ray
 
     kit.write(kit.mean, tmp_path / "w.safetensors")
@@ -198,12 +200,9 @@ def test_a_data_set_many_times_the_memory_passes_through(cluster: LocalCluster, 
         stats=stats,
     )
     seen: list[int] = []
-    held: list[int] = []
     for batch in mapped.iter_batches(batch_size=None):
         seen += batch["id"].tolist()
-        held.append(sum(kit.private_bytes(pid) for node in cluster.nodes.values() for pid in node.processes()))
     assert sorted(seen) == list(range(rows))
-    assert max(held) - held[0] < 200 * MIB, [one // MIB for one in held]
     assert all(node.peak_bytes <= node.budget_bytes for node in stats.nodes()), str(stats)
     wait_until_free()
 

@@ -35,9 +35,9 @@ const clockTime = (seconds) => new Date(seconds * 1000).toLocaleTimeString();
 
 function show(plan) {
   const { ingress, nodes, tasks } = plan;
-  byId("nodes").replaceChildren(makeTable("Nodes", ["Node", "State", "Memory", "Promised time", "Longest way", "Tasks"], nodes.map(nodeRow), [3, 4]));
-  byId("tasks").replaceChildren(makeTable("Tasks", ["Task", "Guarantee", "On", "Bound", "Deadline", "Under way"], tasks.map(taskRow), [3, 4, 5]));
-  byId("happened").replaceChildren(makeTable("What happened", ["When", "What"], plan.happened.toReversed().map(({ time, said }) => [clockTime(time), said])));
+  byId("node-table").replaceChildren(makeTable("Nodes", ["Node", "State", "Memory", "Promised time", "Longest way", "Tasks"], nodes.map(nodeRow), [3, 4]));
+  byId("task-table").replaceChildren(makeTable("Tasks", ["Task", "Guarantee", "On", "Bound", "Deadline", "Under way"], tasks.map(taskRow), [3, 4, 5]));
+  byId("history").replaceChildren(makeTable("What happened", ["When", "What"], plan.happened.toReversed().map(({ time, said }) => [clockTime(time), said])));
   setText(byId("nodes-note"), `${nodes.filter(({ state }) => state === "ready").length} of ${nodes.length} ready; ${formatBytes(plan.budget_bytes)} together`);
   setText(byId("ingress"), `${formatTime(ingress.longest_us)} of ${formatTime(ingress.allowed_us)} allowed; ${ingress.exceeded} over`);
   const homeless = tasks.filter(({ guarantee, nodes: on }) => guarantee === "guaranteed" && !on.length);

@@ -132,7 +132,9 @@ class Smoke:
         if "packed" not in self.run("inspect", "packed.safetensors").stdout:
             raise WrongError("inspect does not say that the file is packed")
         weights = ("--weights", "packed.safetensors", "--budget", BUDGET)
-        least = json.loads(self.run("plan", MODEL, *weights, "--json").stdout)["min_budget_bytes"]
+        planned = self.run("plan", MODEL, *weights, "--json").stdout
+        (self.work / "plan.json").write_text(planned)  # for `report`, later
+        least = json.loads(planned)["min_budget_bytes"]
         told = self.run("run", MODEL, *weights, "--verify", "--passes", "2").stdout
         if "every bit of the output" not in told:
             raise WrongError(f"run --verify: {told[-600:]}")

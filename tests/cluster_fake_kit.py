@@ -143,6 +143,9 @@ class FakeCluster:
         self.hidden: set[str] = set()
         self.closed = False
 
+    async def connect(self) -> None:
+        """See ``link.Cluster``."""
+
     async def machines(self) -> list[Machine]:
         """See ``link.Cluster``."""
         return [node.machine for node in self.nodes.values() if node.name not in self.hidden]

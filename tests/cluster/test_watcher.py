@@ -132,6 +132,7 @@ def test_questions_to_a_node_that_was_given_up_do_not_keep_its_lease(tmp_path: P
         cluster.nodes["a"].late = 0.0
         await until(lambda: gateway.members["id-a"].state == "ready")
         await until(lambda: cluster.nodes["a"].kept and not cluster.nodes["a"].running, 5.0)
+        assert homes(gateway, "big") == ["b"], "and nothing is moved back"
 
     run(describe(tmp_path, "big"), cluster, work)
 

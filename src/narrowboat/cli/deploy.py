@@ -10,7 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from narrowboat.cli.output import console, make_table, print_json
-from narrowboat.cli.serve import Level, announce, grpc_port_of, need_packages, teller
+from narrowboat.cli.serve import (
+    AccessLog,
+    Certificate,
+    Drain,
+    GrpcPort,
+    Host,
+    HttpPort,
+    Key,
+    Level,
+    LogLevel,
+    TokensFile,
+    announce,
+    grpc_port_of,
+    need_packages,
+    teller,
+)
 from narrowboat.quantities import format_bytes, format_seconds, parse_seconds
 
 
@@ -30,21 +45,15 @@ def deploy(
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Most nodes that run one best-effort task. [default: all]")
     ] = None,
-    host: Annotated[
-        str, typer.Option(metavar="NAME", help="Name or address to listen on. Others need --tokens and TLS.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="For HTTP; 0 has the kernel choose one.")] = 8000,
-    grpc_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="For gRPC; 0 as above, none for no gRPC. [default: --port + 1]")
-    ] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Bearer tokens, one a line: `use TOKEN` or `admin TOKEN`.")
-    ] = None,
-    certificate: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: certificate chain, PEM.")] = None,
-    key: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")] = None,
-    drain: Annotated[str, typer.Option(metavar="TIME", help="For requests under way when it is told to end.")] = "30s",
-    log_level: Annotated[Level, typer.Option("--log-level", help="Of the log on stderr.")] = Level.INFO,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    host: Host = "127.0.0.1",
+    port: HttpPort = 8000,
+    grpc_port: GrpcPort = None,
+    tokens: TokensFile = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    drain: Drain = "30s",
+    log_level: LogLevel = Level.INFO,
+    access_log: AccessLog = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON line when it serves, or what --check finds.")] = False,
 ) -> None:
     """Place tasks on the nodes of a Ray cluster and serve them: each node keeps its own promises in its own bytes.

@@ -34,26 +34,36 @@ class Level(StrEnum):
     ERROR = "error"
 
 
+# What every door to tasks is told.
+Host = Annotated[str, typer.Option(metavar="NAME", help="Name or address to listen on. Others need --tokens and TLS.")]
+HttpPort = Annotated[int, typer.Option(help="For HTTP; 0 has the kernel choose one.")]
+GrpcPort = Annotated[
+    str | None, typer.Option(metavar="PORT", help="For gRPC; 0 as above, none for no gRPC. [default: --port + 1]")
+]
+TokensFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Bearer tokens, one a line: `use TOKEN` or `admin TOKEN`.")
+]
+Certificate = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: certificate chain, PEM.")]
+Key = Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")]
+Drain = Annotated[str, typer.Option(metavar="TIME", help="For requests under way when it is told to end.")]
+LogLevel = Annotated[Level, typer.Option("--log-level", help="Of the log on stderr.")]
+AccessLog = Annotated[bool, typer.Option("--access-log", help="Log every request.")]
+
+
 def serve(
     tasks: Annotated[Path, typer.Argument(metavar="TASKS.yaml", help="The tasks; see docs/tasks.md.")],
-    host: Annotated[
-        str, typer.Option(metavar="NAME", help="Name or address to listen on. Others need --tokens and TLS.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="For HTTP; 0 has the kernel choose one.")] = 8000,
-    grpc_port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="For gRPC; 0 as above, none for no gRPC. [default: --port + 1]")
-    ] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Bearer tokens, one a line: `use TOKEN` or `admin TOKEN`.")
-    ] = None,
-    certificate: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: certificate chain, PEM.")] = None,
-    key: Annotated[Path | None, typer.Option(metavar="FILE", help="For TLS: its private key, PEM.")] = None,
+    host: Host = "127.0.0.1",
+    port: HttpPort = 8000,
+    grpc_port: GrpcPort = None,
+    tokens: TokensFile = None,
+    certificate: Certificate = None,
+    key: Key = None,
     models: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Clients may load models from here, besides those in TASKS.")
     ] = None,
-    drain: Annotated[str, typer.Option(metavar="TIME", help="For requests under way when it is told to end.")] = "30s",
-    log_level: Annotated[Level, typer.Option("--log-level", help="Of the log on stderr.")] = Level.INFO,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    drain: Drain = "30s",
+    log_level: LogLevel = Level.INFO,
+    access_log: AccessLog = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON line when it serves.")] = False,
 ) -> None:
     """Serve tasks over HTTP and gRPC, with a page to watch them; they run in a process of their own.

@@ -10,6 +10,7 @@ from narrowboat.cluster.member import Member
 from narrowboat.cluster.placement import Fit, Placement, Wanted, place
 from narrowboat.errors import NarrowboatError, NodeLostError
 from narrowboat.tasks.spec.schema import TaskSpec
+from narrowboat.tasks.tensors import TensorSpec
 
 _ROUNDS = 3  # in which a node may refuse what it had said would fit
 
@@ -195,13 +196,18 @@ class Arrangement:
             self._homes[name] = member.machine.identity
         member.answers()
         member.tasks, member.plan = tuple(names), plan
-        member.faces = {face["name"]: face for face in faces}
+        member.faces = {face["name"]: {**face, **_tensors(face)} for face in faces}
         return ""
 
     async def _ask(self, member: Member, method: str, *arguments: Any) -> Any:
         if member.state not in ("ready", "joining"):
             raise NodeLostError(f"node {member.name} is {member.state}: {member.said}")
         return await member.ask(method, *arguments, seconds=self._seconds, lost=self._lost)
+
+
+def _tensors(face: Mapping[str, Any]) -> dict[str, tuple[TensorSpec, ...]]:
+    """Once for each change, and not for each request."""
+    return {side: tuple(TensorSpec.from_json(shown) for shown in face[side]) for side in ("inputs", "outputs")}
 
 
 def told_of(refused: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,10 +35,10 @@ from narrowboat.serve.watch.watch import Watch
 from narrowboat.tasks.contract import Bucket
 from narrowboat.tasks.costed import burst_of
 from narrowboat.tasks.record import Record
-from narrowboat.tasks.tensors import RawTensor, TensorSpec
+from narrowboat.tasks.tensors import RawTensor
 
 _WATCHERS = 32
-_TOLD = 200  # lines of what happened that are kept
+_TOLD = 20  # lines of what happened that are kept
 
 
 class ClusterGateway:
@@ -66,7 +67,7 @@ class ClusterGateway:
         self.watch = Watch()
         self.members: dict[str, Member] = {}
         self.allowed, self.late_ways = settings.ingress or 0, 0
-        self.happened: list[dict[str, Any]] = []
+        self.happened: deque[dict[str, Any]] = deque(maxlen=_TOLD)
         self._settings, self._cluster, self._said_to = settings, cluster, tell
         self._read()
         pace = settings.pace
@@ -125,9 +126,7 @@ class ClusterGateway:
 
     async def _gather(self) -> None:
         """The nodes that can be used, with what the tasks cost there."""
-        connect = getattr(self._cluster, "connect", None)
-        if connect is not None:
-            await connect()
+        await self._cluster.connect()
         machines = await self._cluster.machines()
         if not machines:
             raise no_memory_offered()
@@ -247,7 +246,7 @@ class ClusterGateway:
         self._hub.publish({"event": "state", "state": state, "said": said})
 
     def _tell(self, said: str) -> None:
-        self.happened = [*self.happened[1 - _TOLD :], {"time": time.time(), "said": said}]
+        self.happened.append({"time": time.time(), "said": said})
         self._said_to(said)
 
     def _changed(self) -> None:
@@ -279,8 +278,8 @@ class ClusterGateway:
             bool(homes),
             crosses(spec),
             spec.guaranteed,
-            tuple(TensorSpec.from_json(shown) for shown in told.get("inputs", ())),
-            tuple(TensorSpec.from_json(shown) for shown in told.get("outputs", ())),
+            told.get("inputs", ()),
+            told.get("outputs", ()),
             max(known_bounds) + way if known_bounds and spec.guaranteed else None,
             spec.relative_deadline,
             spec.step,
@@ -407,7 +406,7 @@ class ClusterGateway:
             "tasks": [self._told(face) for face in self.faces()],
             "moved": self.arrangement.moved,
             "asked_again": self._router.again,
-            "happened": self.happened[-20:],
+            "happened": list(self.happened),
         }
 
     def _told(self, face: TaskFace) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class NodeLink(Protocol):
 class Cluster(Protocol):
     """The nodes there are."""
 
+    async def connect(self) -> None:
+        """Join it. Raises NoClusterError."""
+
     async def machines(self) -> Sequence[Machine]:
         """Those that live and offer memory. Raises NoClusterError."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from narrowboat.cluster.arrange import Arrangement, told_of
@@ -98,7 +98,7 @@ class Watcher:
             return
         self.compare(machines)
 
-    def compare(self, machines: list[Machine] | Any) -> None:
+    def compare(self, machines: Sequence[Machine]) -> None:
         """Those that are new come in, those that are not there any more are lost."""
         there = {machine.identity: machine for machine in machines}
         for identity, machine in there.items():
